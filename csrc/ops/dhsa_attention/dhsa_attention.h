@@ -1,0 +1,142 @@
+// dhsa_attention: attention over a growing key/value cache, dense or sparse by Dynamic Hierarchical Sparse Attention.
+// One call appends S tokens to the cache, keeps the chunk boundaries and chunk summaries, selects for every query
+// tile the micro-blocks worth attending, and attends them exactly.
+//
+//   out[t, h] = softmax_j(cap(scale * q[t,h] . k[j,g(h)])) v[j,g(h)]   over j in list(tile(t), g(h)), j <= t, j > t - window
+//   cap(x) = softcap * tanh(x / softcap) when softcap > 0, else x;      g(h) = h / (query_heads / kv_heads)
+//
+// DHSA: arXiv 2510.24606 v1. What is ours: micro-blocks, local streaming boundaries, one list per KV head, decode.
+//
+// Units (n = tokens stored after the call, p = input_pos, so n = p + S):
+//   micro-block b   = tokens [16 b, 16 b + 16). Everything a kernel reads or lists is a micro-block.
+//   edge e          = a multiple of 16. boundaries[e / 16] == 1 means that a chunk starts at token e.
+//   chunk           = the run of micro-blocks from one cut edge to the next: 16 to 64 tokens.
+//
+// Boundaries (kept only by the layer with finds_boundaries; the other layers read what it wrote in the same call):
+//   A cut is decided for edge e > 0 once e + kBoundaryReach <= n (kBoundaryReach = 8 + 4). Edge 0 is always cut.
+//   cut(e) = e % 64 == 0 or (chunking == kCosine and max over gaps g in [e - 8, e + 8] of
+//            1 - cos(mean(x[g-4..g-1]), mean(x[g..g+3])) > boundary_threshold),
+//   x[i] = the keys of token i of all KV heads, concatenated, as the cache holds them. Scores are computed in double;
+//   a zero mean gives cosine 0. A call first clears every flag with e + kBoundaryReach > p (truncation), then decides
+//   the edges that became decidable. Flags not decided are 0.
+//
+// Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the keys as the cache holds
+//   them: the mean of 16 keys in float (one vector), or with kMinMax pooling the elementwise minimum then maximum
+//   (two vectors). Stored in the cache's dtype. Summaries of incomplete micro-blocks are not defined.
+//
+// Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
+//   E = last row's position + 1.
+//
+// List of a group, per KV head (micro-blocks ascending), decided in this order:
+//   1. window > 0                   -> every micro-block that holds a token in (s - window, E).
+//   2. budget == 0, or E <= budget, or 2 <= S <= dense_tail -> [0, E): the dense list.
+//   3. otherwise  L = the largest cut edge e with e == 0 or e + kBoundaryReach <= s
+//      forced = [0, min(sink, L)) and [L, E);  extra = (budget - forced tokens) / 16 micro-blocks (rounded down),
+//      chosen among the micro-blocks of [sink, L) in order of (score descending, id ascending).
+//      selector kRecent: score = id (window + sink). selector kChunk: score = the score of the micro-block's chunk,
+//      so whole chunks in score order, and of the first that does not fit its leading micro-blocks. A chunk
+//      that straddles `sink` counts its micro-blocks from `sink` on only.
+//   `sink` is a multiple of 16. budget >= sink + 64 + kBoundaryReach + tile, or the call is refused.
+//
+// Score of chunk c = {micro-blocks} for the pooled queries Q (float): max over q in Q of score(q, c), where with
+//   t(b) = q . summary[b] (float)
+//   kMean:    sum_b t(b) / |c|                     kSqrt:    16-token units: sqrt(16 |c|) * sum_b t(b) / |c|
+//   kCentred: sqrt(16 |c|) * (sum_b t(b) / |c| - mean of t over all micro-blocks of [0, L))
+//   kMinMax:  max_b sum_d max(q_d * minimum[b][d], q_d * maximum[b][d])
+//   Q: kQueryMean: one vector, the mean of the group's rows and of the KV head's query heads.
+//      kQueryMax:  for each query head of the KV head and each 16-row segment (absolute 16-grid) of the group, the mean of its rows.
+//   No 1/sqrt(D): it does not change the order.
+//
+// Laws (tests/ops/test_dhsa_attention.py): after n tokens cache, summaries and boundaries are bit-identical for every partition
+//   of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs; nothing depends on threads;
+//   a list that is the dense list gives the dense output bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "csrc/base/parallel.h"
+
+namespace edgerun::dhsa {
+
+inline constexpr int64_t kMicroBlock = 16;     // tokens
+inline constexpr int64_t kMaxChunk = 64;       // tokens
+inline constexpr int64_t kBoundarySpan = 8;    // a cut may be caused by a gap this many tokens from its edge
+inline constexpr int64_t kBoundaryWindow = 4;  // keys averaged on either side of a gap
+inline constexpr int64_t kBoundaryReach = kBoundarySpan + kBoundaryWindow;
+
+enum class Dtype : int { kFloat = 0, kHalf = 1 };
+enum class Chunking : int { kFixed = 0, kCosine = 1 };
+enum class Pooling : int { kMean = 0, kSqrt = 1, kCentred = 2, kMinMax = 3 };
+enum class QueryPooling : int { kQueryMean = 0, kQueryMax = 1 };
+enum class Selector : int { kChunk = 0, kRecent = 1 };
+
+struct Params {
+  int64_t tokens = 0;           // S
+  int64_t query_heads = 0;      // a multiple of kv_heads
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;         // D
+  int64_t capacity_blocks = 0;  // M: micro-blocks in the cache; input_pos + tokens <= 16 M
+  int64_t input_pos = 0;        // tokens already stored; anything stored at or after it is dropped
+  Dtype dtype = Dtype::kFloat;  // of query, key, value, out, caches and summaries; arithmetic is float
+  float scale = 1.0f;
+  float softcap = 0.0f;         // 0: none
+  int64_t window = 0;           // 0: none; a token attends itself and the window - 1 before it
+  int64_t budget = 0;           // most distinct key tokens on a group's list; 0: unlimited, dense
+  int64_t tile = 64;            // T >= 1
+  int64_t sink = 16;
+  int64_t dense_tail = 0;
+  Chunking chunking = Chunking::kCosine;
+  float boundary_threshold = 0.0f;
+  bool finds_boundaries = false;
+  Pooling pooling = Pooling::kMean;
+  QueryPooling query_pooling = QueryPooling::kQueryMax;
+  Selector selector = Selector::kChunk;
+};
+
+// Row-major, contiguous. query [Hq, S, D], key and value [Hkv, S, D], out [S, Hq, D] (ready for the output projection).
+struct Tensors {
+  const void* query = nullptr;
+  const void* key = nullptr;
+  const void* value = nullptr;
+  void* out = nullptr;
+  void* key_cache = nullptr;      // [Hkv, M, D, 16]: a micro-block is stored transposed
+  void* value_cache = nullptr;    // [Hkv, M, 16, D]
+  void* summaries = nullptr;      // [Hkv, M, P, D], P = 1, or 2 with kMinMax; may be null when budget == 0 or kRecent
+  uint8_t* boundaries = nullptr;  // [M + 1]; may be null when budget == 0
+};
+
+// What a call attended, counted from the lists: realised density = attended_pairs / causal_pairs.
+// Pairs are (query token, key token) per KV head, causal and inside the layer's window.
+struct Counters {
+  int64_t attended_pairs = 0;
+  int64_t causal_pairs = 0;
+};
+
+// The lists of one call: one per (KV head, group). A group is the call's rows in one tile.
+struct Lists {
+  uint16_t* ids = nullptr;    // [Hkv, groups, M], ascending; only the first counts[...] of a row are defined
+  int32_t* counts = nullptr;  // [Hkv, groups]
+};
+
+// Number of groups: tiles of the absolute grid that [input_pos, input_pos + tokens) touches.
+int64_t group_count(const Params& params);
+
+// nullptr when the call can be served, else a static text that names what is wrong. The kernel assumes it was asked.
+const char* check(const Params& params, const Tensors& tensors);
+
+// Bytes of scratch that `run` needs with this many workers: bounded per worker, plus the lists.
+size_t scratch_bytes(const Params& params, int64_t workers);
+
+// The op: append, boundaries, summaries, select, attend. `scratch` is aligned to 64 bytes. Fills *counters when not null.
+void run(const Params& params, const Tensors& tensors, void* scratch, const Parallel& parallel, Counters* counters);
+
+// Its stages, callable alone so that each can be tested and timed. `attend` takes lists from anywhere.
+void append(const Params& params, const Tensors& tensors);
+void find_boundaries(const Params& params, const Tensors& tensors);
+void summarize(const Params& params, const Tensors& tensors);
+void select(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel);
+void attend(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel,
+            Counters* counters);
+
+}  // namespace edgerun::dhsa
