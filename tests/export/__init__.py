@@ -1,0 +1,1 @@
+"""Export, lowering and the bundle a pipeline makes."""
