@@ -1,7 +1,7 @@
 """Error measures, and THE tolerance table: every test, gate and report takes its limits from here, by name.
 
-Measures are computed in float64 on numpy arrays, whatever dtype comes in. `reference` is always the truth (a float64 run,
-the eager model), `measured` what is judged by it.
+Measures are computed in float64 on numpy arrays, whatever dtype comes in. `reference` is always the truth (a float64
+run, the eager model), `measured` what is judged by it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def relative_l2(measured: npt.ArrayLike, reference: npt.ArrayLike) -> float:
 
 
 def nmse(measured: npt.ArrayLike, reference: npt.ArrayLike) -> float:
-    """Normalised mean squared error, mean((measured - reference)^2) / mean(reference^2): the square of `relative_l2`."""
+    """Normalised mean squared error, mean((measured - reference)^2) / mean(reference^2): `relative_l2` squared."""
     return relative_l2(measured, reference) ** 2
 
 
@@ -102,7 +102,7 @@ def first_divergence(
 ) -> Divergence | None:
     """First step at which two greedy runs of the same prompt choose different tokens; None when they never do.
 
-    reference_logits: [steps, vocab], row i chose reference_tokens[i]; a run that ends sooner is compared as far as it goes.
+    reference_logits: [steps, vocab], row i chose reference_tokens[i]. A run that ends sooner is compared up to its end.
     Raises ParityError when there are fewer rows than steps to compare.
     """
     rows = np.asarray(reference_logits, dtype=np.float64)
@@ -183,7 +183,7 @@ TOLERANCES: Mapping[str, Tolerance] = types.MappingProxyType(
         "quantized_parity_logits": Tolerance(
             5e-2,
             "relative L2, quantised program against its fake-quantised eager model",
-            "activations are rounded to 8 bits per token: a last-bit difference before a rounding moves a value by 1/255",
+            "activations are rounded to 8 bits per token: a last-bit difference before it moves a value by 1/255",
         ),
         "quantized_parity_kl_nats": Tolerance(
             2e-2,
