@@ -1,0 +1,215 @@
+"""What a DHSA attention layer is asked (AttentionOptions) and what it keeps between calls (AttentionState).
+
+csrc/ops/dhsa_attention/dhsa_attention.h gives the meaning of every field; the enums carry its numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Literal
+
+import torch
+
+from edgerun.errors import EdgerunError
+from edgerun.recipe import BOUNDARY_REACH, MAX_CHUNK, MICRO_BLOCK, DhsaOptions
+
+BOUNDARY_WINDOW = 4  # keys averaged on either side of a gap
+BOUNDARY_SPAN = 8  # a cut may be caused by a gap this many tokens from its edge
+MAX_BLOCKS = 1 << 16  # micro-block ids are 16 bits wide
+CACHE_DTYPES = {torch.float32: 0, torch.float16: 1}  # the op's; the reference takes any float dtype
+
+
+class Chunking(enum.IntEnum):
+    """Where a chunk may start besides every 64th token."""
+
+    FIXED = 0
+    COSINE = 1
+
+
+class Pooling(enum.IntEnum):
+    """How the summaries of a chunk become its score."""
+
+    MEAN = 0
+    SQRT = 1
+    CENTRED = 2
+    MINMAX = 3
+
+
+class QueryPooling(enum.IntEnum):
+    """How the rows of a query group become the vectors that are scored."""
+
+    MEAN = 0
+    MAX = 1
+
+
+class Selector(enum.IntEnum):
+    """What ranks the candidates: their chunk's score, or how recent they are."""
+
+    CHUNK = 0
+    RECENT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """The scalar arguments of `edgerun::dhsa_attention`, in the order of its schema."""
+
+    scale: float
+    softcap: float = 0.0  # 0: none
+    window: int = 0  # tokens, 0: none
+    budget: int = 0  # tokens, 0: dense
+    tile: int = 64  # query tokens
+    sink: int = 16  # tokens
+    dense_tail: int = 0  # tokens
+    chunking: Chunking = Chunking.COSINE
+    boundary_threshold: float = 0.25  # 1 - cosine
+    finds_boundaries: bool = False
+    pooling: Pooling = Pooling.MEAN
+    query_pooling: QueryPooling = QueryPooling.MAX
+    selector: Selector = Selector.CHUNK
+
+    def __post_init__(self) -> None:
+        """Raises EdgerunError for settings that the op cannot serve."""
+        if self.window < 0 or self.softcap < 0 or self.dense_tail < 0 or self.budget < 0:
+            raise EdgerunError(
+                f"window {self.window}, softcap {self.softcap}, dense_tail {self.dense_tail} and budget {self.budget} "
+                "must each be 0 (off) or more"
+            )
+        if self.tile < 1:
+            raise EdgerunError(f"tile is {self.tile} tokens; it must be at least 1")
+        if self.sink < 0 or self.sink % MICRO_BLOCK:
+            raise EdgerunError(f"sink is {self.sink} tokens; it must be a multiple of {MICRO_BLOCK}")
+        minimum = self.sink + MAX_CHUNK + BOUNDARY_REACH + self.tile
+        if 0 < self.budget < minimum:
+            raise EdgerunError(
+                f"budget is {self.budget} tokens, below its minimum of {minimum} (sink {self.sink} + local "
+                f"{MAX_CHUNK + BOUNDARY_REACH} + tile {self.tile}): raise the budget, or lower tile or sink; 0 is dense"
+            )
+
+    @staticmethod
+    def from_recipe(
+        dhsa: DhsaOptions,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        window: int = 0,
+        finds_boundaries: bool = False,
+        dense: bool = False,
+    ) -> AttentionOptions:
+        """One layer's options. A dense or a windowed layer has no budget, so it keeps no summaries and no boundaries.
+
+        "block-topk" is fixed 64-token chunks with mean pooling. "window-sink" attends the sink and the most recent
+        blocks whatever the chunks are, so it takes the fixed ones, which cost nothing to find.
+        """
+        if dense or window > 0:
+            return AttentionOptions(scale=scale, softcap=softcap, window=window)
+        cosine = dhsa.chunking == "cosine" and dhsa.selector == "chunk"
+        return AttentionOptions(
+            scale=scale,
+            softcap=softcap,
+            budget=dhsa.budget,
+            tile=dhsa.tile,
+            sink=dhsa.sink,
+            dense_tail=dhsa.dense_tail,
+            chunking=Chunking.COSINE if cosine else Chunking.FIXED,
+            boundary_threshold=dhsa.boundary_threshold,
+            finds_boundaries=finds_boundaries,
+            pooling=Pooling.MEAN if dhsa.selector == "block-topk" else Pooling[dhsa.pooling.upper()],
+            query_pooling=QueryPooling[dhsa.query_pooling.upper()],
+            selector=Selector.RECENT if dhsa.selector == "window-sink" else Selector.CHUNK,
+        )
+
+    @property
+    def kind(self) -> Literal["window", "dhsa", "dense"]:
+        """What the manifest calls a layer with these options."""
+        if self.window > 0:
+            return "window"
+        return "dhsa" if self.budget > 0 else "dense"
+
+    @property
+    def keeps_summaries(self) -> bool:
+        """Whether calls write chunk summaries."""
+        return self.budget > 0 and self.selector == Selector.CHUNK
+
+    @property
+    def summary_vectors(self) -> int:
+        """Vectors per micro-block: 2 (minimum, maximum) with min-max pooling, else 1."""
+        return 2 if self.pooling == Pooling.MINMAX else 1
+
+    def arguments(self) -> tuple[float, float, int, int, int, int, int, int, float, bool, int, int, int]:
+        """The values as the op's schema orders them, enums as plain integers."""
+        return (
+            float(self.scale),
+            float(self.softcap),
+            self.window,
+            self.budget,
+            self.tile,
+            self.sink,
+            self.dense_tail,
+            int(self.chunking),
+            float(self.boundary_threshold),
+            self.finds_boundaries,
+            int(self.pooling),
+            int(self.query_pooling),
+            int(self.selector),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """What one layer keeps. The tensors are written in place by each call; `boundaries` is shared between layers.
+
+    key_cache [Hkv, M, D, 16] and value_cache [Hkv, M, 16, D], M micro-blocks of 16 tokens; summaries [Hkv, M, P, D],
+    or [Hkv, 0, 1, D] where not kept; boundaries uint8 [M + 1], or [0] where not read.
+    """
+
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    summaries: torch.Tensor
+    boundaries: torch.Tensor
+
+    @staticmethod
+    def allocate(
+        kv_heads: int,
+        head_dim: int,
+        max_context: int,
+        options: AttentionOptions,
+        dtype: torch.dtype = torch.float32,
+        boundaries: torch.Tensor | None = None,
+    ) -> AttentionState:
+        """Zeroed state for at least `max_context` tokens. `boundaries`: another layer's, to share it.
+
+        Raises EdgerunError when the context is empty or longer than 16-bit micro-block ids can name.
+        """
+        blocks = -(-max_context // MICRO_BLOCK)
+        if not 0 < blocks <= MAX_BLOCKS:
+            raise EdgerunError(f"max_context is {max_context} tokens; the cache holds 1 to {MAX_BLOCKS * MICRO_BLOCK}")
+        if boundaries is None or options.budget == 0:
+            boundaries = torch.zeros(blocks + 1 if options.budget > 0 else 0, dtype=torch.uint8)
+        summaries = (blocks, options.summary_vectors) if options.keeps_summaries else (0, 1)
+        return AttentionState(
+            key_cache=torch.zeros(kv_heads, blocks, head_dim, MICRO_BLOCK, dtype=dtype),
+            value_cache=torch.zeros(kv_heads, blocks, MICRO_BLOCK, head_dim, dtype=dtype),
+            summaries=torch.zeros(kv_heads, *summaries, head_dim, dtype=dtype),
+            boundaries=boundaries,
+        )
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the caches can hold."""
+        return self.key_cache.shape[1] * MICRO_BLOCK
+
+    def clone(self) -> AttentionState:
+        """An independent copy."""
+        return AttentionState(
+            self.key_cache.clone(), self.value_cache.clone(), self.summaries.clone(), self.boundaries.clone()
+        )
+
+    def to(self, dtype: torch.dtype) -> AttentionState:
+        """A copy whose caches and summaries have another float dtype."""
+        return AttentionState(
+            self.key_cache.to(dtype, copy=True),
+            self.value_cache.to(dtype, copy=True),
+            self.summaries.to(dtype, copy=True),
+            self.boundaries.clone(),
+        )
