@@ -1,8 +1,9 @@
-"""Train the text zoo model: RULER's and Needle Threading's tasks in their own templates, and real text, up to 8,192 bytes.
+"""Train the text zoo model: RULER's and Needle Threading's tasks in their own templates, and text, up to 8,192 bytes.
 
 The tasks come from edgerun.evaluation, split "train", so training and evaluation share every template and no sample.
-Text: the Python standard library's sources and licence texts; one file in twenty, chosen by the hash of its path, is held
-out and never read here. Learning rate: warm-up, constant, then linear to zero over the last part of the time. Resumable.
+Text: the Python standard library's sources and licence texts; one file in twenty, chosen by the hash of its path, is
+held out and never trained on. Learning rate: warm-up, constant, then linear to zero over the last part of the time.
+Resumable: the same command goes on from the last checkpoint.
 
     python bench/train_zoo_text.py --out RUN --initial FOLDER --minutes 90 --threads 1
     python bench/train_zoo_text.py --out RUN --export edgerun/zoo/text        # writes the last checkpoint as fp16
@@ -15,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import random
 import string
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from edgerun.evaluation import needle, ruler, threads  # noqa: E402
-from edgerun.evaluation.sample import TRAINING_SPLIT, Document, seeded_random  # noqa: E402
+from edgerun.evaluation import needle, ruler, threads
+from edgerun.evaluation.sample import TRAINING_SPLIT, Document, seeded_random
 
 BOS, EOS = 256, 257
 CONTEXT = 8192
@@ -51,7 +51,7 @@ def text_files() -> list[pathlib.Path]:
 
 
 def is_held_out(path: pathlib.Path) -> bool:
-    """One file in twenty, by the hash of its last two path parts, so that the split is the same wherever Python lives."""
+    """One file in twenty, by the hash of its last two path parts: the same split wherever Python lives."""
     return hashlib.sha256("/".join(path.parts[-2:]).encode()).digest()[0] % 20 == 0
 
 
@@ -81,7 +81,7 @@ class Piece:
 
 
 def varied_token(rng: random.Random, kind: str) -> str:
-    """Keys and values of the tasks' kinds; half of the word keys are made of letters, so that keys are matched, not known."""
+    """Keys and values of the tasks' kinds; some word keys are random letters, so that keys are matched, not known."""
     if kind == "words" and rng.random() < 0.4:
         return "-".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 8))) for _ in range(2))
     return needle.random_token(rng, kind)
@@ -119,9 +119,7 @@ class Samples:
                 task = needle.NiahTask("prose", keys=4, values=4 if many_values else 1, queries=1 if many_values else 4)
                 questions = 1
             questions = min(questions, 2 * task.keys)
-            return needle.niah_document(
-                task, length, rng, questions=questions, filler=filler, make_token=varied_token
-            )
+            return needle.niah_document(task, length, rng, questions=questions, filler=filler, make_token=varied_token)
         if kind == "threads":
             task = rng.choice(threads.TASKS)
             hops = rng.randint(1, 4)
@@ -130,7 +128,8 @@ class Samples:
                 task, length, self.seed, index, split=TRAINING_SPLIT, needles=hops, questions=groups
             )
         if kind == "vt":
-            return ruler.variable_tracking(length, rng, chains=max(1, min(questions // 2, 4)), example=rng.random() < 0.7)
+            chains = max(1, min(questions // 2, 4))
+            return ruler.variable_tracking(length, rng, chains=chains, example=rng.random() < 0.7)
         kind = "fwe" if length < 2048 else kind  # cwe needs more than 1,024 bytes
         return ruler.generate_document(kind, length, self.seed, index, split=TRAINING_SPLIT)
 
@@ -211,8 +210,9 @@ def logits_of(weights: dict[str, torch.Tensor], ids: torch.Tensor, positions: to
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         hidden = hidden + F.linear(mixed.transpose(1, 2).flatten(2), weights[at + "self_attn.o_proj.weight"])
         x = normed(hidden, at + "post_attention_layernorm.weight")
-        gate = F.silu(F.linear(x, weights[at + "mlp.gate_proj.weight"])) * F.linear(x, weights[at + "mlp.up_proj.weight"])
-        hidden = hidden + F.linear(gate, weights[at + "mlp.down_proj.weight"])
+        gate = F.silu(F.linear(x, weights[at + "mlp.gate_proj.weight"]))
+        up = F.linear(x, weights[at + "mlp.up_proj.weight"])
+        hidden = hidden + F.linear(gate * up, weights[at + "mlp.down_proj.weight"])
     return F.linear(normed(hidden, "model.norm.weight"), weights["model.embed_tokens.weight"])
 
 
@@ -234,7 +234,7 @@ def learning_rate(step: int, elapsed: float, total: float, peak: float, decay: f
 def save_checkpoint(path: pathlib.Path, state: dict[str, object]) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -293,9 +293,17 @@ def train(args: argparse.Namespace) -> None:
             right = (((logits.argmax(-1) == ids[:, 1:]) & answer).sum() / answer.sum()).item() if answer.any() else None
             plain = (mass - TEXT).abs() < 1e-6
             bits = (losses[plain].mean() / math.log(2)).item() if plain.any() else None
-        row = {"step": step, "elapsed_s": round(elapsed), "length": length, "loss": round(loss.item(), 4),
-               "answer_bytes_right": right, "text_bits_per_byte": bits, "gradient_norm": round(norm.item(), 2),
-               "rate": rate, "step_s": round(time.monotonic() - began, 2)}
+        row = {
+            "step": step,
+            "elapsed_s": round(elapsed),
+            "length": length,
+            "loss": round(loss.item(), 4),
+            "answer_bytes_right": right,
+            "text_bits_per_byte": bits,
+            "gradient_norm": round(norm.item(), 2),
+            "rate": rate,
+            "step_s": round(time.monotonic() - began, 2),
+        }
         log.write(json.dumps(row) + "\n")
         log.flush()
         if time.monotonic() - saved > 180:
@@ -304,10 +312,21 @@ def train(args: argparse.Namespace) -> None:
     _save(checkpoint, weights, averaged, optimiser, step, elapsed_before + time.monotonic() - started)
 
 
-def _save(path: pathlib.Path, weights: dict[str, torch.Tensor], averaged: dict[str, torch.Tensor],
-          optimiser: torch.optim.Optimizer, step: int, elapsed: float) -> None:
-    state = {"weights": {k: v.detach() for k, v in weights.items()}, "averaged": averaged,
-             "optimiser": optimiser.state_dict(), "step": step, "elapsed": elapsed}
+def _save(
+    path: pathlib.Path,
+    weights: dict[str, torch.Tensor],
+    averaged: dict[str, torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    elapsed: float,
+) -> None:
+    state = {
+        "weights": {k: v.detach() for k, v in weights.items()},
+        "averaged": averaged,
+        "optimiser": optimiser.state_dict(),
+        "step": step,
+        "elapsed": elapsed,
+    }
     save_checkpoint(path, state)
 
 
@@ -322,12 +341,12 @@ def export(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of checkpoint and log, outside the repository")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of checkpoint and log")
     parser.add_argument("--initial", type=pathlib.Path, help="folder whose model.safetensors to start from")
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", type=float, default=5e-4, help="highest learning rate")
-    parser.add_argument("--decay", type=float, default=0.4, help="last fraction of the time, over which the rate falls to zero")
+    parser.add_argument("--decay", type=float, default=0.4, help="last part of the time, in which the rate falls to 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=pathlib.Path, help="write the checkpoint there instead of training")
     parser.add_argument("--averaged", action="store_true", help="export the moving average of the weights")

@@ -1,8 +1,8 @@
 """Needles in a haystack (RULER, arXiv 2404.06654, section 3.1): statements with a key and a value, hidden in filler.
 
-`generate` makes the length x depth grid with one needle; `niah_document` is the general builder behind RULER's niah tasks.
-Wording, key and value kinds are RULER's. Ours: a stand-in word list (words.py), a "prose" haystack of generated sentences
-where RULER has essays that would have to be downloaded, and needles at random fractions of the filler's lines.
+`generate` makes the length x depth grid with one needle; `niah_document` is the builder behind RULER's niah tasks too.
+Wording, key and value kinds are RULER's. Ours: a stand-in word list (words.py), a "prose" haystack of generated
+sentences where RULER has essays to download, and needles at random fractions of the filler's lines.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SEVERAL_VALUES = (
 
 @dataclasses.dataclass(frozen=True)
 class NiahTask:
-    """haystack: noise | prose | needles. Kinds: words | numbers | uuids. `keys` needles hide, `queries` are asked for."""
+    """haystack: noise | prose | needles. Kinds: words | numbers | uuids. `keys` hide, `queries` are asked for."""
 
     haystack: str
     key_kind: str = "words"
@@ -68,15 +68,15 @@ def random_token(rng: random.Random, kind: str) -> str:
 
 def prose(rng: random.Random) -> str:
     """One generated sentence: the stand-in for RULER's essays."""
-    adjective, noun, verb = (lambda: rng.choice(words.ADJECTIVES)), (lambda: rng.choice(words.NOUNS)), rng.choice(words.VERBS)
-    patterns: tuple[Callable[[], str], ...] = (
-        lambda: f"The {adjective()} {noun()} may {verb} the {noun()} near the {adjective()} {noun()}.",
-        lambda: f"Nobody could {verb} such a {adjective()} {noun()} without the {noun()}.",
-        lambda: f"When the {noun()} is {adjective()}, we {verb} the {noun()} by the {noun()}.",
-        lambda: f"To {verb} a {noun()} is {adjective()}, and to do it twice is {adjective()}.",
-        lambda: f"They {verb} every {adjective()} {noun()} that the {noun()} has left behind.",
+    adjectives, nouns, verb = rng.choices(words.ADJECTIVES, k=2), rng.choices(words.NOUNS, k=3), rng.choice(words.VERBS)
+    patterns = (
+        "The {0} {2} may {5} the {3} near the {1} {4}.",
+        "Nobody could {5} such a {0} {2} without the {3}.",
+        "When the {2} is {0}, we {5} the {3} by the {4}.",
+        "To {5} a {2} is {0}, and to do it twice is {1}.",
+        "They {5} every {0} {2} that the {3} has left behind.",
     )
-    return rng.choice(patterns)()
+    return rng.choice(patterns).format(*adjectives, *nouns, verb)
 
 
 def niah_document(
@@ -138,7 +138,7 @@ def niah_document(
         return Question(question.format(kind=kind, query=query), answers, " " + ", ".join(answers))
 
     def build(size: int) -> Document:
-        lines = insert_at_fractions(haystack_lines(size), list(zip(places, statements)))
+        lines = insert_at_fractions(haystack_lines(size), list(zip(places, statements, strict=True)))
         separator = " " if task.haystack == "prose" else "\n"
         everything = needles + (distractors[:size] if task.haystack == "needles" and filler is None else [])
         asked = [needles[: task.queries]] + [[everything[int(pick * len(everything))]] for pick in picks]
@@ -157,7 +157,7 @@ def generate(
     split: str = EVALUATION_SPLIT,
     count_tokens: TokenCounter = count_utf8_bytes,
 ) -> Sample:
-    """One needle at `depth_percent` of the haystack (0: first line, 100: last line), prompt and answer within `length` tokens.
+    """One needle at `depth_percent` of the haystack (0: first line, 100: last); fits `length` tokens with its answer.
 
     haystack: noise or prose. Raises ValueError for a depth outside 0 to 100 or a length that is too short.
     """

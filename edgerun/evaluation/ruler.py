@@ -1,13 +1,13 @@
 """RULER's synthetic tasks that need no data (arXiv 2404.06654; templates and settings of github.com/NVIDIA/RULER).
 
 Retrieval: niah_*; multi-hop tracing: vt; aggregation: cwe and fwe. Lengths are in tokens of the caller's counter, UTF-8
-bytes by default, and hold prompt and answer. Departures, each marked "ours:": the word list (words.py), generated prose for
-the essays of niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue and niah_multiquery (SUBSTITUTE_HAYSTACK), and
-smaller examples where RULER's own would not fit a short context.
+bytes by default, and hold prompt and answer. Departures, each marked "ours:": the word list (words.py), generated prose
+for the essays of the tasks in SUBSTITUTE_HAYSTACK, and smaller examples where RULER's would not fit a short context.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import string
@@ -42,13 +42,11 @@ NIAH_TASKS = {
 TASKS = (*NIAH_TASKS, "vt", "cwe", "fwe")
 SUBSTITUTE_HAYSTACK = frozenset(name for name, task in NIAH_TASKS.items() if task.haystack == "prose")
 
-_VT_CONTEXT = (
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}"
-)
+_VT_CONTEXT = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}"
 _VT_QUESTION = (
     "\nQuestion: Find all variables that are assigned the value {query} in the text above."
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the value"
-    " {query}, they are: "
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the"
+    " value {query}, they are: "
 )
 _VT_HOPS = 4
 _VT_EXAMPLE_TOKENS = 500
@@ -80,9 +78,7 @@ _FWE_ALPHA = 2.0
 _ZETA_OF_ALPHA = math.pi**2 / 6  # zeta(2)
 
 
-def generate(
-    task: str, length: int, seed: int, index: int, *, count_tokens: TokenCounter = count_utf8_bytes
-) -> Sample:
+def generate(task: str, length: int, seed: int, index: int, *, count_tokens: TokenCounter = count_utf8_bytes) -> Sample:
     """Sample `index` of `task`: prompt, answer and a beginning-of-sequence token within `length` tokens.
 
     Drawn from the evaluation split: `generate_document` with another split never meets it.
@@ -132,7 +128,7 @@ def variable_tracking(
     example: bool = True,
     count_tokens: TokenCounter = count_utf8_bytes,
 ) -> Document:
-    """Chains `VAR B = VAR A` among noise; each question wants every variable of one chain. A worked example comes first."""
+    """Chains `VAR B = VAR A` among noise, after a worked example; each question wants every variable of one chain."""
     shown = _tracking(_VT_EXAMPLE_TOKENS, rng, 1, hops, 3, count_tokens, "") if example else None
     head = "" if shown is None else shown.text + shown.questions[0].text + shown.questions[0].completion + "\n\n\n\n"
     return _tracking(length, rng, chains, hops, 5, count_tokens, head)
@@ -148,8 +144,8 @@ def _tracking(
     for chain, value in enumerate(values):
         members = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
         lines = [f"VAR {members[0]} = {value}"]
-        lines += [f"VAR {later} = VAR {earlier} " for earlier, later in zip(members, members[1:])]
-        statements += zip(sorted(rng.random() for _ in lines), lines)
+        lines += [f"VAR {later} = VAR {earlier} " for earlier, later in itertools.pairwise(members)]
+        statements += zip(sorted(rng.random() for _ in lines), lines, strict=True)
         text = _VT_QUESTION.format(query=value, count=hops + 1)
         questions.append(Question(text, tuple(members), " ".join(members)))
 
@@ -214,8 +210,8 @@ def _numbered(answer: tuple[str, ...]) -> str:
 
 
 def frequent_words(length: int, rng: random.Random, *, count_tokens: TokenCounter = count_utf8_bytes) -> Document:
-    """Coded words whose counts follow a zeta distribution; the most frequent one is the noise "...", the next three are asked for."""
-    vocabulary = ["..."] + _distinct_words(rng, max(4, length // 50), _FWE_WORD_LETTERS, string.ascii_lowercase)
+    """Coded words with counts of a zeta distribution; the most frequent is the noise "...", the next three count."""
+    vocabulary = ["...", *_distinct_words(rng, max(4, length // 50), _FWE_WORD_LETTERS, string.ascii_lowercase)]
     order_seed = rng.getrandbits(32)
     answer = tuple(vocabulary[1:4])
     question = Question(_FWE_QUESTION, answer, " " + " ".join(answer))
@@ -223,7 +219,7 @@ def frequent_words(length: int, rng: random.Random, *, count_tokens: TokenCounte
     def build(size: int) -> Document:
         total = size + 56  # the least number of words at which ranks two to five have counts 8, 3, 2, 1
         counts = [int(total * rank**-_FWE_ALPHA / _ZETA_OF_ALPHA) for rank in range(1, len(vocabulary) + 1)]
-        coded = [word for word, count in zip(vocabulary, counts) for _ in range(count)]
+        coded = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
         random.Random(order_seed).shuffle(coded)
         return Document(_FWE_CONTEXT.format(context=" ".join(coded)), (question,))
 

@@ -1,8 +1,8 @@
 """What every generated task hands out: a document with questions, and one question of it as a sample.
 
-A sample is decided by (task, length, seed, index, split) alone, through a string seed of `random.Random` (SHA-512 of the
-string, the same on every machine). The split's name is part of that string: training draws from split "train", evaluation
-from split "evaluation", so no seed and index can make the two meet.
+A sample is decided by (task, length, seed, index, split) alone, through a string seed of `random.Random` (SHA-512 of
+the string, the same on every machine). The split's name is part of that string: training draws from split "train",
+evaluation from split "evaluation", so no seed and index can make the two meet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What follows the document's text, the strings a right answer holds, and the answer as RULER's own format has it."""
+    """What follows the document's text, the strings a right answer holds, and the answer as training writes it."""
 
     text: str
     answers: tuple[str, ...]
@@ -105,7 +105,7 @@ def as_sample(task: str, document: Document, length: int, index: int, count_toke
 
 
 def insert_at_fractions(lines: Sequence[str], inserts: Sequence[tuple[float, str]]) -> list[str]:
-    """`lines` with each (fraction, line) put at that fraction of the original lines, 0 first and 1 last; order is kept."""
+    """`lines` with each (fraction, line) put at that fraction of the lines, 0 first, 1 last; ties keep their order."""
     placed = sorted(((min(len(lines), int(f * (len(lines) + 1))), i, line) for i, (f, line) in enumerate(inserts)))
     result: list[str] = []
     position = 0

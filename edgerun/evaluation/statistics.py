@@ -38,13 +38,13 @@ def wilson_interval(successes: int, n: int) -> Interval:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
-    """Mean of a - b over paired samples, with a 95 % percentile bootstrap interval over the pairs; the same for one seed.
+    """Mean of a - b over paired samples with a 95 % percentile bootstrap interval; one seed, one result.
 
     Raises ValueError when the sequences are empty or differ in length.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} and {len(b)} samples: needs as many in both, and at least one")
-    differences = [x - y for x, y in zip(a, b)]
+    differences = [x - y for x, y in zip(a, b, strict=True)]
     n = len(differences)
     mean = math.fsum(differences) / n
     rng = random.Random(f"paired_difference/{seed}")

@@ -1,13 +1,14 @@
-"""Needle Threading (Roberts, Han and Albanie, arXiv 2411.05000): retrieval from one JSON object of UUID keys and values.
+"""Needle Threading (Roberts, Han and Albanie, arXiv 2411.05000): retrieval from a JSON object of UUID keys and values.
 
-single, multiple and conditional needles ask for values of given keys; in a thread the value of one key is the next key, so
-hop k's key is unknown until hop k-1 resolves. Directions: forward (later hops stand later), backward, random. Ours: the
-prompts' wording, and a thread's answer is written hop by hop ("a -> b -> c") so that a small model need not follow it in
-one step; the score looks for the last value only, as the paper's does. Branched threads are not here.
+single, multiple and conditional needles ask for values of given keys; in a thread the value of one key is the next key,
+so hop k's key is unknown until hop k-1 resolves. Directions: forward (later hops stand later), backward, random. Ours:
+the prompts' wording, and a thread's answer is written hop by hop ("a -> b -> c") so that a small model need not follow
+it in one step; the score looks for the last value only, as the paper's does. Branched threads are not here.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from edgerun.evaluation.needle import random_token
@@ -73,7 +74,7 @@ def generate_document(
     groups = [_draw_group(rng, task, needles) for _ in range(questions)]
     fillers: list[tuple[str, str]] = []
     asked = tuple(_ask(task, group) for group in groups)
-    placed = [(place, pair) for group in groups for place, pair in zip(_places(rng, task, needles), group)]
+    placed = [(place, pair) for group in groups for place, pair in zip(_places(rng, task, needles), group, strict=True)]
 
     def build(size: int) -> Document:
         while len(fillers) < size:
@@ -96,10 +97,10 @@ def _draw_group(rng: random.Random, task: str, needles: int) -> list[tuple[str, 
     """The pairs that one question needs, in the order of its answer."""
     keys = [random_token(rng, "uuids") for _ in range(needles + 1)]
     if task.startswith("thread"):
-        return list(zip(keys, keys[1:]))
+        return list(itertools.pairwise(keys))
     if task == "conditional":
         places = [rng.randrange(36) for _ in keys]
-        keys = [key[:place] + _CONDITION + key[place + 1 :] for key, place in zip(keys, places)]
+        keys = [key[:place] + _CONDITION + key[place + 1 :] for key, place in zip(keys, places, strict=True)]
     return [(key, random_token(rng, "uuids")) for key in keys[:needles]]
 
 

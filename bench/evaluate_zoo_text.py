@@ -1,0 +1,204 @@
+"""Evaluate a byte-level Hugging Face folder: tasks by string match with dense greedy decoding, and perplexity.
+
+Every sample has a haystack of its own. Outputs go to a JSONL file as they come; the same command goes on from there.
+Perplexity: the files that bench/train_zoo_text.py holds out, in windows of the given lengths, all bytes scored.
+
+    python bench/evaluate_zoo_text.py edgerun/zoo/text --raw RUN/raw.jsonl --cells niah_single_1:2048,4096,8192:200 \\
+        vt:2048:50 --perplexity 2048 8192 --result bench/results/zoo_text.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from edgerun.evaluation import ruler, threads
+from edgerun.evaluation.sample import Sample
+from edgerun.evaluation.statistics import wilson_interval
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EOS = 257
+PERPLEXITY_BYTES = 200_000
+
+
+def make_sample(task: str, length: int, seed: int, index: int) -> Sample:
+    """A RULER task, or a threads task written as `threads_<name>`."""
+    if task.startswith("threads_"):
+        return threads.generate(task.removeprefix("threads_"), length, seed, index)
+    return ruler.generate(task, length, seed, index)
+
+
+@torch.inference_mode()
+def answer(model: torch.nn.Module, tokenizer, sample: Sample) -> str:
+    """Greedy continuation of the prompt up to end-of-sequence or `max_new_tokens`."""
+    ids = torch.tensor([tokenizer(sample.prompt)["input_ids"]])
+    cache = DynamicCache(config=model.config)
+    found: list[int] = []
+    for _ in range(sample.max_new_tokens):
+        token = int(model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+        if token == EOS:
+            break
+        found.append(token)
+        ids = torch.tensor([[token]])
+    return tokenizer.decode(found, skip_special_tokens=True)
+
+
+def run_cells(
+    model: torch.nn.Module, tokenizer, cells: list[tuple[str, int, int]], seed: int, raw: pathlib.Path
+) -> None:
+    """Answer every sample of the cells that `raw` does not hold yet."""
+    done = {(row["task"], row["length"], row["seed"], row["index"]) for row in read_rows(raw)}
+    with raw.open("a") as out:
+        for task, length, samples in cells:
+            began, new = time.monotonic(), 0
+            for index in range(samples):
+                if (task, length, seed, index) in done:
+                    continue
+                sample = make_sample(task, length, seed, index)
+                output = answer(model, tokenizer, sample)
+                row = {
+                    "task": task,
+                    "length": length,
+                    "seed": seed,
+                    "index": index,
+                    "score": ruler.score(sample, output),
+                    "answers": sample.answers,
+                    "output": output,
+                }
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                new += 1
+            if new:
+                print(f"{task} {length}: {new} samples, {(time.monotonic() - began) / new:.2f} s each", flush=True)
+
+
+def read_rows(raw: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+
+
+@torch.inference_mode()
+def bits_per_byte(model: torch.nn.Module, length: int) -> dict[str, float]:
+    """Mean loss in bits over whole windows of `length` bytes of the held-out files, joined by line breaks."""
+    from train_zoo_text import BOS, read_split
+
+    text = b"\n".join(read_split(held_out=True))[:PERPLEXITY_BYTES]
+    windows = [text[i : i + length] for i in range(0, len(text) - length + 1, length)]
+    total = 0.0
+    for window in windows:
+        ids = torch.tensor([[BOS, *window]])
+        logits = model(ids[:, :-1], use_cache=False).logits[0].float()
+        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+    count = len(windows) * length
+    bits = total / count / math.log(2)
+    return {"length": length, "bytes": count, "bits_per_byte": round(bits, 4), "perplexity_per_byte": round(2**bits, 4)}
+
+
+def table(rows: list[dict], cells: list[tuple[str, int, int]], seed: int) -> list[dict]:
+    """One record a cell: n, samples with every answer found, Wilson's interval, RULER's mean score, the 0/1 array."""
+    records = []
+    for task, length, samples in cells:
+        scores = {r["index"]: r["score"] for r in rows if (r["task"], r["length"], r["seed"]) == (task, length, seed)}
+        whole = [int(scores[i] == 1.0) for i in range(samples) if i in scores]
+        if not whole:
+            continue
+        interval = wilson_interval(sum(whole), len(whole))
+        mean = sum(scores[i] for i in range(samples) if i in scores) / len(whole)
+        records.append(
+            {
+                "task": task,
+                "length": length,
+                "n": len(whole),
+                "right": sum(whole),
+                "wilson_95": [round(interval.low, 4), round(interval.high, 4)],
+                "mean_score": round(mean, 4),
+                "samples": whole,
+            }
+        )
+        print(
+            f"{task:24} {length:5} {sum(whole):4}/{len(whole):<4} {100 * interval.estimate:5.1f} % "
+            f"[{100 * interval.low:5.1f}, {100 * interval.high:5.1f}]  mean score {100 * mean:5.1f}"
+        )
+    return records
+
+
+def parse_cells(texts: list[str]) -> list[tuple[str, int, int]]:
+    """`task:length,length:samples` -> (task, length, samples) for each length."""
+    cells = []
+    for text in texts:
+        task, lengths, samples = text.split(":")
+        cells += [(task, int(length), int(samples)) for length in lengths.split(",")]
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument(
+        "--cells", nargs="*", default=[], help="task:length[,length]:samples; threads tasks as threads_NAME"
+    )
+    parser.add_argument("--raw", type=pathlib.Path, required=True, help="JSONL of samples; reused when it is there")
+    parser.add_argument("--result", type=pathlib.Path, help="write the table, machine and command there")
+    parser.add_argument("--perplexity", type=int, nargs="*", default=[], help="window lengths in bytes")
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    cells = parse_cells(args.cells)
+    run_cells(model, tokenizer, cells, args.seed, args.raw)
+    perplexity = [bits_per_byte(model, length) for length in args.perplexity]
+    for row in perplexity:
+        print(row)
+    records = table(read_rows(args.raw), cells, args.seed)
+    if args.result:
+        args.result.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "model": "edgerun/zoo/text",
+            "weights_sha256": hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest(),
+            "command": "python " + " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+            ).stdout.strip(),
+            "machine": {
+                "processor": processor_name(),
+                "cores": os.cpu_count(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "threads": args.threads,
+                "dtype": "float32",
+            },
+            "seed": args.seed,
+            "split": "evaluation",
+            "attention": "dense",
+            "decoding": "greedy",
+            "cells": records,
+            "perplexity": perplexity,
+        }
+        args.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def processor_name() -> str:
+    """The processor's name as Linux gives it, or what Python knows."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Intervals against published and hand-worked values."""
+
+import pytest
+
+from edgerun.evaluation.statistics import paired_difference, wilson_interval
+
+
+# Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_matches_newcombes_table(successes: int, n: int, low: float, high: float) -> None:
+    interval = wilson_interval(successes, n)
+    assert interval.estimate == successes / n
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+
+
+def test_wilson_interval_of_all_right_ends_at_one() -> None:
+    interval = wilson_interval(200, 200)
+    assert interval.high == 1.0
+    assert interval.low == pytest.approx(200 / (200 + 1.959964**2), abs=1e-6)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 5), (6, 5)])
+def test_wilson_interval_refuses_impossible_counts(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes"):
+        wilson_interval(successes, n)
+
+
+def test_paired_difference_of_a_constant_gap_has_no_width() -> None:
+    interval = paired_difference([1.0, 0.5, 2.0], [0.5, 0.0, 1.5])
+    assert (interval.estimate, interval.low, interval.high) == (0.5, 0.5, 0.5)
+
+
+def test_paired_difference_agrees_with_the_normal_interval_on_many_pairs() -> None:
+    a = [1.0] * 120 + [0.0] * 80
+    b = [1.0] * 100 + [0.0] * 100
+    # 20 pairs differ by one: mean 0.1, variance 0.1 - 0.01, 1.96 * sqrt(0.09 / 200) = 0.0416.
+    interval = paired_difference(a, b, seed=3)
+    assert interval.estimate == pytest.approx(0.1)
+    assert interval.low == pytest.approx(0.1 - 0.0416, abs=0.006)
+    assert interval.high == pytest.approx(0.1 + 0.0416, abs=0.006)
+    assert interval == paired_difference(a, b, seed=3)
+
+
+def test_paired_difference_refuses_unequal_lengths() -> None:
+    with pytest.raises(ValueError, match="2 and 1 samples"):
+        paired_difference([1.0, 0.0], [1.0])

@@ -1,0 +1,64 @@
+"""The zoo's text model: the folder is whole, and its tokenizer gives exactly the text's UTF-8 bytes."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from edgerun.zoo import zoo_model_names, zoo_model_path
+
+BOS, EOS = 256, 257
+TEXT = zoo_model_path("text")
+TOKENIZER = Tokenizer.from_file(str(TEXT / "tokenizer.json"))
+
+
+def test_unknown_name_says_what_there_is() -> None:
+    assert "text" in zoo_model_names()
+    with pytest.raises(ValueError, match="no zoo model is named 'txt'; there is text"):
+        zoo_model_path("txt")
+
+
+def test_folder_is_whole_and_small() -> None:
+    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert names <= {path.name for path in TEXT.iterdir()}
+    assert (TEXT / "model.safetensors").stat().st_size <= 25_000_000
+    with safe_open(TEXT / "model.safetensors", "np") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+@given(st.text())
+@example("\x00\x7f\x80ÿ <bos-> naïve\r\n\t日本語 😀")
+def test_tokens_are_the_bytes_after_the_beginning_token(text: str) -> None:
+    ids = TOKENIZER.encode(text).ids
+    assert ids == [BOS, *text.encode()]
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_special_tokens_and_config_agree() -> None:
+    config = json.loads((TEXT / "config.json").read_text())
+    assert (TOKENIZER.token_to_id("<bos>"), TOKENIZER.token_to_id("<eos>")) == (BOS, EOS)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (BOS, EOS, EOS)
+    assert config["vocab_size"] >= TOKENIZER.get_vocab_size()
+
+
+def test_auto_tokenizer_gives_the_same_ids() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TEXT)
+    text = "Needle: 1234567 é\n"
+    assert tokenizer(text)["input_ids"] == [BOS, *text.encode()]
+    assert tokenizer.decode([BOS, *text.encode(), EOS], skip_special_tokens=True) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, EOS)
+
+
+def test_executorchs_tokenizer_gives_the_same_ids() -> None:
+    from pytorch_tokenizers import CppHFTokenizer
+
+    tokenizer = CppHFTokenizer()
+    tokenizer.load(str(TEXT / "tokenizer.json"))
+    for text in ("plain  text\n", "日本 😀\x00"):
+        assert tokenizer.encode(text, 1, 0) == [BOS, *text.encode()]
+    assert (tokenizer.bos_tok(), tokenizer.eos_tok()) == (BOS, EOS)
