@@ -10,13 +10,20 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import importlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
 
 from edgerun.errors import EdgerunError
+from edgerun.ops.dhsa_attention_reference import (
+    block_lists,
+    count_pairs,
+    reference,
+    reference_attend,
+    reference_lists,
+    tie_gap,
+)
 from edgerun.ops.dhsa_attention_types import (
     CACHE_DTYPES,
     MAX_BLOCKS,
@@ -27,6 +34,7 @@ from edgerun.ops.dhsa_attention_types import (
     QueryPooling,
     Selector,
 )
+from edgerun.ops.native import native_module
 from edgerun.recipe import MICRO_BLOCK
 
 __all__ = [
@@ -38,9 +46,15 @@ __all__ = [
     "QueryPooling",
     "Selector",
     "attend",
+    "block_lists",
     "count_attention",
+    "count_pairs",
     "native_attend",
     "native_lists",
+    "reference",
+    "reference_attend",
+    "reference_lists",
+    "tie_gap",
 ]
 
 # What ExecuTorch's emitter wants and gets here: the mutable state is followed by scalars, never directly by `out`
@@ -192,13 +206,7 @@ def native_attend(
 
 
 def _native() -> _Native:
-    try:
-        return cast(_Native, importlib.import_module("edgerun._native"))
-    except ImportError as error:
-        raise EdgerunError(
-            f"edgerun's native module does not load ({error}): build it with `pip install --no-build-isolation -e .`, "
-            "then see `edgerun doctor`"
-        ) from error
+    return cast(_Native, native_module())
 
 
 def _native_arguments(
