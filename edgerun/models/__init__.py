@@ -1,0 +1,1 @@
+"""Models as edgerun runs and exports them: one architecture a file."""
