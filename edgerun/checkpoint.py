@@ -229,7 +229,7 @@ def _decoder_config(folder: pathlib.Path, raw: dict[str, Any]) -> Any:
     name = architectures[0] if architectures else model_type
     if "auto_map" in raw and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise CheckpointError(f"{folder} needs model code of its own ({name}), which edgerun does not run")
-    if raw.get("is_encoder_decoder") or raw.get("is_encoder_decoder") is None and _is_encoder_decoder(model_type):
+    if raw.get("is_encoder_decoder") or _is_encoder_decoder(model_type):
         raise CheckpointError(f"{name} is an encoder-decoder model: edgerun exports decoder-only text models")
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if expected is None or (architectures and expected not in architectures):

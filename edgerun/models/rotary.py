@@ -1,7 +1,7 @@
 """Rotary embeddings whose frequencies depend on the length of a call, frozen for one context length.
 
-transformers picks the frequencies of "longrope" and "dynamic" from the largest position of each call, so a prompt fed in
-slices differs from the same prompt fed at once. A bundle has one context length, and takes the frequencies that
+transformers picks the frequencies of "longrope" and "dynamic" from the largest position of each call, so a prompt fed
+in slices differs from the same prompt fed at once. A bundle has one context length, and takes the frequencies that
 transformers would use at that length, for every call.
 """
 

@@ -13,7 +13,7 @@ class TokenTable(nn.Module):
     scales: torch.Tensor | None
 
     def __init__(self, table: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype, multiplier: float) -> None:
-        """table [vocab, hidden]; scales [vocab] or None; `dtype` of activations; rows are multiplied by `multiplier`."""
+        """table [vocab, hidden]; scales [vocab] or None; rows come as `dtype`, times `multiplier`."""
         super().__init__()
         self.register_buffer("table", table)
         self.register_buffer("scales", scales)
