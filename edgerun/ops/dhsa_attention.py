@@ -311,24 +311,7 @@ def _implementation(
     boundaries: torch.Tensor,
     input_pos: torch.Tensor,
     *scalars: float,
-) -> torch.Tensor:
-    out = query.new_empty(_result_shape(query))
-    return _implementation_out(
-        query, key, value, key_cache, value_cache, summaries, boundaries, input_pos, *scalars, out=out
-    )
-
-
-def _implementation_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    boundaries: torch.Tensor,
-    input_pos: torch.Tensor,
-    *scalars: float,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     options = _options(scalars)
     state = AttentionState(key_cache, value_cache, summaries, boundaries)
@@ -337,6 +320,8 @@ def _implementation_out(
     check_position(query.shape[2], key.shape[2], value.shape[2], position, state.capacity_tokens)
     if query.dtype not in CACHE_DTYPES:
         raise EdgerunError(f"dtype is {query.dtype}; the op computes float32 and float16, the reference any")
+    if out is None:
+        out = query.new_empty(_result_shape(query))
     if not all(t.is_contiguous() for t in (key_cache, value_cache, summaries, boundaries, out)):
         raise EdgerunError("the state and the result must be contiguous, since the kernel writes them in place")
     inputs = (query.contiguous(), key.contiguous(), value.contiguous())
@@ -389,5 +374,5 @@ def _options(scalars: Sequence[float]) -> AttentionOptions:
 
 
 torch.library.impl(_LIBRARY, "dhsa_attention", "CPU")(_implementation)
-torch.library.impl(_LIBRARY, "dhsa_attention.out", "CPU")(_implementation_out)
+torch.library.impl(_LIBRARY, "dhsa_attention.out", "CPU")(_implementation)
 torch.library.register_fake("edgerun::dhsa_attention", _fake, lib=_LIBRARY)

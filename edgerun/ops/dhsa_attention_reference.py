@@ -153,7 +153,7 @@ def reference_lists(query: torch.Tensor, state: AttentionState, input_pos: int, 
     queries = query[0].reshape(kv_heads, -1, *query.shape[2:]).to(_arithmetic(query.dtype))  # [Hkv, G, S, D]
     return [
         [
-            _block_list(queries[head, :, first:last].contiguous(), state, head, input_pos + first, tokens, options)
+            _block_list(_rows(queries[head], first, last), state, head, input_pos + first, tokens, options)
             for first, last in groups(tokens, input_pos, options.tile)
         ]
         for head in range(kv_heads)
@@ -210,7 +210,7 @@ def _block_scores(
         low, high = summaries.unbind(1)
         bounds = torch.maximum(pooled[:, None] * low, pooled[:, None] * high).sum(dim=2)[:, sink:]  # [Q, candidates]
         scores = bounds.new_full((len(pooled), chunks), -math.inf)
-        scores = scores.index_reduce(1, chunk, bounds, "amax")
+        scores = scores.scatter_reduce(1, chunk.expand_as(bounds), bounds, "amax")
     else:
         products = pooled @ summaries[:, 0].T  # [Q, local]
         sums = products.new_zeros(len(pooled), chunks).index_add(1, chunk, products[:, sink:])
@@ -253,7 +253,7 @@ def reference_attend(
             columns = _positions(blocks, input_pos + last)
             keys = state.key_cache[head, list(blocks)].transpose(1, 2).reshape(-1, head_dim)[: len(columns)]
             values = state.value_cache[head, list(blocks)].reshape(-1, head_dim)[: len(columns)]
-            logits = options.scale * (queries[head, :, first:last].contiguous() @ keys.to(arithmetic).T)
+            logits = options.scale * (_rows(queries[head], first, last) @ keys.to(arithmetic).T)
             if options.softcap > 0:
                 logits = options.softcap * torch.tanh(logits / options.softcap)
             logits = logits.masked_fill(~_attended(rows, columns, options.window), -math.inf)
@@ -284,6 +284,11 @@ def _attended(rows: torch.Tensor, columns: torch.Tensor, window: int) -> torch.T
     """Which query position sees which key position: causal, and inside the window where there is one."""
     visible = columns <= rows
     return visible & (columns > rows - window) if window > 0 else visible
+
+
+def _rows(queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Rows of [G, S, D] in memory of their own: a matrix product may round differently at another alignment."""
+    return queries[:, first:last].clone(memory_format=torch.contiguous_format)
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
