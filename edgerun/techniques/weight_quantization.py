@@ -6,8 +6,8 @@
     table   the token embedding and a tied head: int8, one scale per row, activations not quantised
 
 Symmetric weights (torchao's affine scheme): w ~ scale * q with q in [-128, 127] or [-8, 7] and scale = max|w| / 127.5
-or / 7.5 over the row or group. The layer's forward is torchao's quantise-dequantise arithmetic: called eagerly it is the
-fake-quantised model that a program is judged by, and exported it is the graph that XNNPACK takes as a dynamically
+or / 7.5 over the row or group. The layer's forward is torchao's quantise-dequantise arithmetic: called eagerly it is
+the fake-quantised model that a program is judged by, exported it is the graph that XNNPACK takes as a dynamically
 quantised linear. A technique does not know the target: any lowering may fold the same pattern.
 """
 
@@ -105,7 +105,7 @@ def quantize_linear(linear: nn.Linear, quantize: Literal["int8", "8da4w"]) -> Qu
     form = _FORMATS[quantize]
     if form.group_size and linear.in_features % form.group_size:
         raise ExportError(
-            f"a linear layer of {linear.in_features} inputs and {linear.out_features} outputs cannot be stored as 8da4w: "
+            f"a linear layer of {linear.in_features} inputs and {linear.out_features} outputs cannot be 8da4w: "
             f"inputs must be a multiple of the group of {form.group_size}; export with --quantize int8"
         )
     group = form.group_size or linear.in_features

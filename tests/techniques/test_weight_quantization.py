@@ -63,7 +63,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_8da4w_refuses_inputs_that_are_no_multiple_of_the_group() -> None:
-    with pytest.raises(ExportError, match=r"48 inputs and 8 outputs cannot be stored as 8da4w.*--quantize int8"):
+    with pytest.raises(ExportError, match=r"48 inputs and 8 outputs cannot be 8da4w.*--quantize int8"):
         quantize_linear(random_linear(48, 8), "8da4w")
 
 
