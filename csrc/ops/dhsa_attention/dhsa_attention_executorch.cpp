@@ -1,0 +1,139 @@
+// edgerun::dhsa_attention.out in ExecuTorch. Schema: edgerun/ops/dhsa_attention.py. Equation: dhsa_attention.h.
+#include "csrc/base/executorch_binding.h"
+#include "csrc/ops/dhsa_attention/counters.h"
+#include "csrc/ops/dhsa_attention/dhsa_attention.h"
+
+namespace edgerun::dhsa {
+namespace {
+
+using executorch::aten::ScalarType;
+using executorch::aten::SizesType;
+using executorch::aten::Tensor;
+using executorch::runtime::Error;
+using executorch::runtime::KernelRuntimeContext;
+
+thread_local Counters* counters_sink = nullptr;
+
+bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (tensor.dim() != static_cast<ssize_t>(sizes.size())) return false;
+  ssize_t axis = 0;
+  for (const int64_t size : sizes) {
+    if (tensor.size(axis++) != size) return false;
+  }
+  return true;
+}
+
+bool contiguous(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    if (!executorch::runtime::tensor_is_default_dim_order(*tensor)) return false;
+  }
+  return true;
+}
+
+// What is wrong with the tensors' dtypes and shapes, or nullptr.
+const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                          const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries,
+                          const Tensor& input_pos, const Tensor& out, Pooling pooling) {
+  if (query.dim() != 4 || query.size(0) != 1) return "query must be [1, query heads, tokens, head_dim]";
+  if (key_cache.dim() != 4) return "key_cache must be [kv heads, micro-blocks, head_dim, 16]";
+  const ScalarType dtype = query.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Half) return "query must be float32 or float16";
+  for (const Tensor* tensor : {&key, &value, &key_cache, &value_cache, &summaries, &out}) {
+    if (tensor->scalar_type() != dtype) return "query, key, value, caches, summaries and out must share one dtype";
+  }
+  if (boundaries.scalar_type() != ScalarType::Byte) return "boundaries must be uint8";
+  if (input_pos.scalar_type() != ScalarType::Long || input_pos.numel() != 1) return "input_pos must be one int64";
+  const int64_t tokens = query.size(2);
+  const int64_t depth = query.size(3);
+  const int64_t heads = key_cache.size(0);
+  const int64_t blocks = key_cache.size(1);
+  if (!has_sizes(key, {1, heads, tokens, depth}) || !has_sizes(value, {1, heads, tokens, depth})) {
+    return "key and value must be [1, kv heads, tokens, head_dim]";
+  }
+  if (!has_sizes(key_cache, {heads, blocks, depth, kMicroBlock}) ||
+      !has_sizes(value_cache, {heads, blocks, kMicroBlock, depth})) {
+    return "the caches must be [kv heads, micro-blocks, head_dim, 16] and [kv heads, micro-blocks, 16, head_dim]";
+  }
+  const int64_t vectors = pooling == Pooling::kMinMax ? 2 : 1;
+  if (summaries.numel() > 0 && !has_sizes(summaries, {heads, blocks, vectors, depth})) {
+    return "summaries must be [kv heads, micro-blocks, 1 or (min-max) 2, head_dim], or empty";
+  }
+  if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1})) return "boundaries must be [micro-blocks + 1], or empty";
+  if (!contiguous({&query, &key, &value, &key_cache, &value_cache, &summaries, &boundaries, &out})) {
+    return "all tensors must be contiguous";
+  }
+  return nullptr;
+}
+
+Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
+                           const Tensor& key_cache, const Tensor& value_cache, const Tensor& summaries,
+                           const Tensor& boundaries, const Tensor& input_pos, double scale, double softcap,
+                           int64_t window, int64_t budget, int64_t tile, int64_t sink, int64_t dense_tail,
+                           int64_t chunking, double boundary_threshold, bool finds_boundaries, int64_t pooling,
+                           int64_t query_pooling, int64_t selector, Tensor& out) {
+  const char* wrong = check_tensors(query, key, value, key_cache, value_cache, summaries, boundaries, input_pos, out,
+                                    static_cast<Pooling>(pooling));
+  ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out, "dhsa_attention: %s", wrong);
+
+  Params params;
+  params.tokens = query.size(2);
+  params.query_heads = query.size(1);
+  params.kv_heads = key_cache.size(0);
+  params.head_dim = query.size(3);
+  params.capacity_blocks = key_cache.size(1);
+  params.input_pos = input_pos.const_data_ptr<int64_t>()[0];
+  params.dtype = query.scalar_type() == ScalarType::Half ? Dtype::kHalf : Dtype::kFloat;
+  params.scale = static_cast<float>(scale);
+  params.softcap = static_cast<float>(softcap);
+  params.window = window;
+  params.budget = budget;
+  params.tile = tile;
+  params.sink = sink;
+  params.dense_tail = dense_tail;
+  params.chunking = static_cast<Chunking>(chunking);
+  params.boundary_threshold = static_cast<float>(boundary_threshold);
+  params.finds_boundaries = finds_boundaries;
+  params.pooling = static_cast<Pooling>(pooling);
+  params.query_pooling = static_cast<QueryPooling>(query_pooling);
+  params.selector = static_cast<Selector>(selector);
+
+  const SizesType sizes[4] = {1, static_cast<SizesType>(params.tokens), static_cast<SizesType>(params.query_heads),
+                              static_cast<SizesType>(params.head_dim)};
+  const Error resized = executorch::runtime::resize_tensor(out, {sizes, 4});
+  ET_KERNEL_CHECK_MSG(context, resized == Error::Ok, InvalidArgument, out, "dhsa_attention: out cannot hold [1, %d, %d, %d]",
+                      int(sizes[1]), int(sizes[2]), int(sizes[3]));
+
+  Tensors tensors;
+  tensors.query = query.const_data_ptr();
+  tensors.key = key.const_data_ptr();
+  tensors.value = value.const_data_ptr();
+  tensors.out = out.mutable_data_ptr();
+  tensors.key_cache = key_cache.mutable_data_ptr();
+  tensors.value_cache = value_cache.mutable_data_ptr();
+  tensors.summaries = summaries.numel() > 0 ? summaries.mutable_data_ptr() : nullptr;
+  tensors.boundaries = boundaries.numel() > 0 ? boundaries.mutable_data_ptr<uint8_t>() : nullptr;
+  wrong = check(params, tensors);
+  ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out,
+                      "dhsa_attention: %s (input_pos %lld, tokens %lld, cache of %lld tokens)", wrong,
+                      static_cast<long long>(params.input_pos), static_cast<long long>(params.tokens),
+                      static_cast<long long>(params.capacity_blocks * kMicroBlock));
+
+  const Parallel pool = executorch_pool();
+  const Scratch scratch(context, scratch_bytes(params, pool.threads));
+  ET_KERNEL_CHECK_MSG(context, scratch.data() != nullptr, MemoryAllocationFailed, out,
+                      "dhsa_attention: no memory for %zu bytes of scratch", scratch_bytes(params, pool.threads));
+  Counters counters;
+  run(params, tensors, scratch.data(), pool, counters_sink ? &counters : nullptr);
+  if (counters_sink) {
+    counters_sink->attended_pairs += counters.attended_pairs;
+    counters_sink->causal_pairs += counters.causal_pairs;
+  }
+  return out;
+}
+
+EDGERUN_REGISTER_OP("edgerun::dhsa_attention.out", dhsa_attention_out);
+
+}  // namespace
+}  // namespace edgerun::dhsa
+
+void set_attention_counters(edgerun::dhsa::Counters* sink) { edgerun::dhsa::counters_sink = sink; }

@@ -1,0 +1,446 @@
+// The inner kernels of dhsa_attention, written once over the vector width. A variant file sets, then includes:
+//   EDGERUN_VARIANT  its namespace and name          EDGERUN_LANES  floats in a vector register: 4, 8 or 16
+//   EDGERUN_ROWS     query rows kept in registers    EDGERUN_WIDE   micro-blocks scored side by side
+// EDGERUN_ROWS * EDGERUN_WIDE * 16 / EDGERUN_LANES accumulators and what feeds them must fit in the register file.
+//
+//   S = (scale log2(e) Q) K^T,   P = 2^(S - m),   O += P V,   out = O / rowsum(P)      (online softmax in steps of 128 keys)
+//
+// A row's result does not depend on which rows share its register tile or its task: every sum runs over d or over the list in
+// order, and masked keys add exact zeros. Functions of the standard library stay out of this file: the linker could take the
+// copy compiled for a wider instruction set for everyone's.
+
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/base/half.h"
+#include "csrc/ops/dhsa_attention/kernels.h"
+
+namespace edgerun::dhsa::EDGERUN_VARIANT {
+namespace {
+
+#define EDGERUN_INLINE static inline __attribute__((always_inline))
+
+constexpr int kLanes = EDGERUN_LANES;
+constexpr int kRows = EDGERUN_ROWS;
+constexpr int kWide = EDGERUN_WIDE;
+constexpr int kPerBlock = 16 / kLanes;  // vectors in 16 floats
+constexpr int64_t kPanel = 64;          // head dimensions per pass over the keys: 4 micro-blocks x 64 floats stay in L1
+
+// Loads and stores are unaligned: a head dimension need not be a multiple of the vector.
+typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+EDGERUN_INLINE Vector load(const float* source) { return *reinterpret_cast<const Vector*>(source); }
+EDGERUN_INLINE void store(float* target, Vector value) { *reinterpret_cast<Vector*>(target) = value; }
+EDGERUN_INLINE Vector splat(float value) { return value - Vector{}; }  // x - 0 is x, sign of zero included; no add is left
+EDGERUN_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+EDGERUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 2^x, relative error below 2e-7; below -126 its smallest normal value. NaN stays NaN: the comparison is false, and 2^n
+// multiplies the polynomial rather than being added to its exponent.
+EDGERUN_INLINE Vector exp2_vector(Vector x) {
+  x = x < -126.0f ? splat(-126.0f) : x;
+  const Vector shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer in the low bits
+  const Vector f = x - (shifted - 12582912.0f);
+  Vector p = 1.32647273e-3f * f + 9.67151299e-3f;  // minimax on [-1/2, 1/2] with p(0) = 1
+  p = p * f + 5.55073358e-2f;
+  p = p * f + 2.40222424e-1f;
+  p = p * f + 6.93147004e-1f;
+  p = p * f + 1.0f;
+  return p * (Vector)(((Bits)shifted << 23) + 0x3f800000u);
+}
+
+// A softmax weight: 2^x, and exactly 0 below 2^-100, where it cannot change a sum that holds a 1 (nor make subnormals).
+EDGERUN_INLINE Vector weight(Vector x) {
+  const Vector value = exp2_vector(x);
+  return x < -100.0f ? Vector{} : value;
+}
+
+// tanh, error below 2e-7 relative: an odd polynomial near 0, else 1 - 2 / (e^2|x| + 1).
+EDGERUN_INLINE Vector tanh_vector(Vector x) {
+  const Vector magnitude = x < 0.0f ? -x : x;
+  const Vector square = x * x;
+  Vector p = -5.7049864e-3f * square + 2.06390886e-2f;
+  p = p * square - 5.37397154e-2f;
+  p = p * square + 1.33314416e-1f;
+  p = p * square - 3.33332807e-1f;
+  const Vector near = x + x * square * p;
+  const Vector exponent = magnitude * 2.88539008f;
+  const Vector far = 1.0f - 2.0f / (exp2_vector(exponent > 126.0f ? splat(126.0f) : exponent) + 1.0f);
+  return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+// s[r][16 b + i] (+)= sum over depth of q[r][d] k[b][d][i]
+template <int kR, int kB>
+void score_rows(const float* q, int64_t q_stride, const float* const* k, int64_t depth, float* s, bool first) {
+  constexpr int kVectors = kB * kPerBlock;
+  Vector acc[kR][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? Vector{} : load(s + r * kStepKeys + v * kLanes);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector key[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) key[v] = load(k[v / kPerBlock] + d * 16 + (v % kPerBlock) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const float a = q[r * q_stride + d];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += a * key[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(s + r * kStepKeys + v * kLanes, acc[r][v]);
+  }
+}
+
+// o[r][0 .. kV vectors) += sum over the step's keys j of p[r][j] v[j]
+template <int kR, int kV>
+void weigh_rows(const float* p, const float* const* v, int64_t blocks, int64_t head_dim, int64_t column, float* o,
+                int64_t o_stride) {
+  Vector acc[kR][kV];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kV; ++c) acc[r][c] = load(o + r * o_stride + c * kLanes);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float* value = v[b] + column;
+    const float* weights = p + b * kMicroBlock;
+    for (int64_t j = 0; j < kMicroBlock; ++j, value += head_dim, ++weights) {
+      Vector row[kV];
+#pragma GCC unroll 8
+      for (int c = 0; c < kV; ++c) row[c] = load(value + c * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; ++r) {
+        const float a = weights[r * kStepKeys];
+#pragma GCC unroll 8
+        for (int c = 0; c < kV; ++c) acc[r][c] += a * row[c];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kV; ++c) store(o + r * o_stride + c * kLanes, acc[r][c]);
+  }
+}
+
+// The same functions for any number of rows up to kRows.
+template <int kB, int kR = kRows>
+EDGERUN_INLINE void score_group(int64_t rows, const float* q, int64_t q_stride, const float* const* k, int64_t depth,
+                                float* s, bool first) {
+  if (rows == kR) {
+    score_rows<kR, kB>(q, q_stride, k, depth, s, first);
+  } else if constexpr (kR > 1) {
+    score_group<kB, kR - 1>(rows, q, q_stride, k, depth, s, first);
+  }
+}
+
+template <int kV, int kR = kRows>
+EDGERUN_INLINE void weigh_group(int64_t rows, const float* p, const float* const* v, int64_t blocks, int64_t head_dim,
+                                int64_t column, float* o, int64_t o_stride) {
+  if (rows == kR) {
+    weigh_rows<kR, kV>(p, v, blocks, head_dim, column, o, o_stride);
+  } else if constexpr (kR > 1) {
+    weigh_group<kV, kR - 1>(rows, p, v, blocks, head_dim, column, o, o_stride);
+  }
+}
+
+struct Scratch {
+  float* q;        // [rows, D]
+  float* o;        // [rows, width]
+  float* s;        // [rows, 128]: scores, then weights
+  float* sums;     // [rows, 16]: one sum per lane of a micro-block, added up at the end
+  float* maximum;  // [rows], log2 units; -inf before the first visible key
+  float* keys;     // one step widened from half precision, else unused
+  float* values;
+  int64_t width;   // D rounded up to 16
+};
+
+struct Step {
+  const float* k[kStepBlocks];
+  const float* v[kStepBlocks];
+  const uint16_t* ids;
+  int64_t count;
+  bool masked;  // some row of the task does not see some key
+};
+
+EDGERUN_INLINE int64_t position_of(const AttendTask& task, int64_t row) { return task.first_position + row / task.group; }
+
+// Micro-blocks of the step that begin at or before `position`.
+EDGERUN_INLINE int64_t visible_blocks(const Step& step, int64_t position) {
+  int64_t count = step.count;
+  while (count > 0 && step.ids[count - 1] * kMicroBlock > position) --count;
+  return count;
+}
+
+void load_queries(const AttendTask& task, const Scratch& scratch) {
+  const float factor = task.softcap > 0.0f ? task.scale / task.softcap : task.scale * 1.44269504f;
+  const int64_t depth = task.head_dim;
+  for (int64_t token = 0; token < task.tokens; ++token) {
+    for (int64_t head = 0; head < task.group; ++head) {
+      float* target = scratch.q + (token * task.group + head) * depth;
+      const int64_t offset = head * task.query_head_stride + token * depth;
+      if (task.dtype == Dtype::kHalf) {
+        halves_to_floats(static_cast<const uint16_t*>(task.query) + offset, target, depth);
+      } else {
+        std::memcpy(target, static_cast<const float*>(task.query) + offset, depth * sizeof(float));
+      }
+      for (int64_t d = 0; d < depth; ++d) target[d] *= factor;
+    }
+  }
+}
+
+void load_step(const AttendTask& task, const Scratch& scratch, int64_t begin, Step& step) {
+  step.ids = task.ids + begin;
+  step.count = smaller(kStepBlocks, task.count - begin);
+  const int64_t block_floats = kMicroBlock * task.head_dim;
+  for (int64_t b = 0; b < step.count; ++b) {
+    const int64_t offset = step.ids[b] * block_floats;
+    if (task.dtype == Dtype::kHalf) {
+      float* key = scratch.keys + b * block_floats;
+      float* value = scratch.values + b * block_floats;
+      halves_to_floats(static_cast<const uint16_t*>(task.key_blocks) + offset, key, block_floats);
+      halves_to_floats(static_cast<const uint16_t*>(task.value_blocks) + offset, value, block_floats);
+      step.k[b] = key;
+      step.v[b] = value;
+    } else {
+      step.k[b] = static_cast<const float*>(task.key_blocks) + offset;
+      step.v[b] = static_cast<const float*>(task.value_blocks) + offset;
+    }
+  }
+  const int64_t last_position = task.first_position + task.tokens - 1;
+  step.masked = step.ids[step.count - 1] * kMicroBlock + kMicroBlock - 1 > task.first_position ||
+                (task.window > 0 && step.ids[0] * kMicroBlock <= last_position - task.window);
+}
+
+void score_step(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows) {
+  const int64_t depth = task.head_dim;
+  for (int64_t b = 0; b < step.count; b += kWide) {
+    for (int64_t d = 0; d < depth; d += kPanel) {
+      const int64_t panel = smaller(kPanel, depth - d);
+      const float* k[kWide];
+      for (int i = 0; i < kWide; ++i) k[i] = b + i < step.count ? step.k[b + i] + d * kMicroBlock : nullptr;
+      for (int64_t row = 0; row < rows; row += kRows) {
+        const int64_t group = smaller(kRows, rows - row);
+        const int64_t blocks =
+            step.masked ? visible_blocks(step, position_of(task, row + group - 1)) - b : step.count - b;
+        const float* q = scratch.q + row * depth + d;
+        float* s = scratch.s + row * kStepKeys + b * kMicroBlock;
+        if (blocks >= kWide) {
+          score_group<kWide>(group, q, depth, k, panel, s, d == 0);
+        } else {
+          for (int64_t i = 0; i < blocks; ++i) {
+            score_group<1>(group, q, depth, k + i, panel, s + i * kMicroBlock, d == 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Softmax of one row over the step's first `blocks` micro-blocks, in place.
+void soften_row(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t row, int64_t blocks) {
+  float* s = scratch.s + row * kStepKeys;
+  const int64_t keys = blocks * kMicroBlock;
+  if (task.softcap > 0.0f) {
+    const float cap = task.softcap * 1.44269504f;
+    for (int64_t j = 0; j < keys; j += kLanes) store(s + j, cap * tanh_vector(load(s + j)));
+  }
+  if (step.masked) {
+    const int64_t position = position_of(task, row);
+    bool any = false;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t base = step.ids[b] * kMicroBlock;
+      const int64_t last = position - base;                                // lanes up to this one are causal
+      const int64_t before = task.window > 0 ? last - task.window : -1;    // lanes up to this one left the window
+      if (last >= kMicroBlock - 1 && before < 0) {
+        any = true;
+        continue;
+      }
+      for (int64_t i = 0; i < kMicroBlock; ++i) {
+        const bool visible = i <= last && i > before;
+        any |= visible;
+        s[b * kMicroBlock + i] = visible ? s[b * kMicroBlock + i] : -__builtin_inff();
+      }
+    }
+    if (!any) {  // exact zeros; and no reference to take from scores that are all masked
+      std::memset(s, 0, keys * sizeof(float));
+      return;
+    }
+  }
+  Vector top = load(s);
+  for (int64_t j = kLanes; j < keys; j += kLanes) top = larger(load(s + j), top);
+  float highest = top[0];
+  for (int lane = 1; lane < kLanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
+  float* sums = scratch.sums + row * kMicroBlock;
+  float& maximum = scratch.maximum[row];
+  if (highest > maximum + 8.0f) {  // a weight may reach 2^8 before the row is rescaled
+    const float factor = weight(splat(maximum - highest))[0];
+    float* o = scratch.o + row * scratch.width;
+    for (int64_t d = 0; d < scratch.width; d += kLanes) store(o + d, load(o + d) * factor);
+    for (int64_t i = 0; i < kMicroBlock; i += kLanes) store(sums + i, load(sums + i) * factor);
+    maximum = highest;
+  }
+  const float reference = maximum == -__builtin_inff() ? 0.0f : maximum;
+  Vector partial[kPerBlock];
+  for (int v = 0; v < kPerBlock; ++v) partial[v] = load(sums + v * kLanes);
+  for (int64_t j = 0; j < keys; j += kMicroBlock) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPerBlock; ++v) {
+      const Vector p = weight(load(s + j + v * kLanes) - reference);
+      store(s + j + v * kLanes, p);
+      partial[v] += p;
+    }
+  }
+  for (int v = 0; v < kPerBlock; ++v) store(sums + v * kLanes, partial[v]);
+}
+
+// Columns [*column, D) in panels of kV vectors, as many as fit; moves *column behind them.
+template <int kV>
+void weigh_panels(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows, int64_t* column) {
+  const int64_t depth = task.head_dim;
+  for (; *column + kV * kLanes <= depth; *column += kV * kLanes) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t group = smaller(kRows, rows - row);
+      const int64_t blocks = step.masked ? visible_blocks(step, position_of(task, row + group - 1)) : step.count;
+      weigh_group<kV>(group, scratch.s + row * kStepKeys, step.v, blocks, depth, *column,
+                      scratch.o + row * scratch.width + *column, scratch.width);
+    }
+  }
+}
+
+void weigh_step(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows) {
+  const int64_t depth = task.head_dim;
+  int64_t column = 0;
+  weigh_panels<kWide * kPerBlock>(task, scratch, step, rows, &column);
+  weigh_panels<kPerBlock>(task, scratch, step, rows, &column);
+  if (column == depth) return;
+  for (int64_t row = 0; row < rows; ++row) {  // the last D % 16 dimensions
+    const int64_t blocks = step.masked ? visible_blocks(step, position_of(task, row)) : step.count;
+    const float* p = scratch.s + row * kStepKeys;
+    float* o = scratch.o + row * scratch.width;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t j = 0; j < kMicroBlock; ++j) {
+        const float* value = step.v[b] + j * depth;
+        for (int64_t c = column; c < depth; ++c) o[c] += p[b * kMicroBlock + j] * value[c];
+      }
+    }
+  }
+}
+
+void store_rows(const AttendTask& task, const Scratch& scratch) {
+  const int64_t depth = task.head_dim;
+  for (int64_t token = 0; token < task.tokens; ++token) {
+    for (int64_t head = 0; head < task.group; ++head) {
+      const int64_t row = token * task.group + head;
+      const float* o = scratch.o + row * scratch.width;
+      float total = 0.0f;
+      for (int64_t i = 0; i < kMicroBlock; ++i) total += scratch.sums[row * kMicroBlock + i];
+      const int64_t offset = token * task.out_token_stride + head * depth;
+      if (task.dtype == Dtype::kHalf) {
+        uint16_t* out = static_cast<uint16_t*>(task.out) + offset;
+        for (int64_t d = 0; d < depth; ++d) out[d] = float_to_half(o[d] / total);
+      } else {
+        float* out = static_cast<float*>(task.out) + offset;
+        for (int64_t d = 0; d < depth; ++d) out[d] = o[d] / total;
+      }
+    }
+  }
+}
+
+void attend(const AttendTask& whole) {
+  AttendTask task = whole;
+  const int64_t rows = task.tokens * task.group;
+  while (task.count > 0 && task.ids[task.count - 1] * kMicroBlock > task.first_position + task.tokens - 1) --task.count;
+  Scratch scratch;
+  scratch.width = round_up(task.head_dim, kMicroBlock);
+  scratch.s = task.scratch;
+  scratch.sums = scratch.s + rows * kStepKeys;
+  scratch.o = scratch.sums + rows * kMicroBlock;
+  scratch.keys = scratch.o + rows * scratch.width;
+  scratch.values = scratch.keys + (task.dtype == Dtype::kHalf ? kStepKeys * scratch.width : 0);
+  scratch.q = scratch.values + (task.dtype == Dtype::kHalf ? kStepKeys * scratch.width : 0);
+  scratch.maximum = scratch.q + rows * task.head_dim;
+  std::memset(scratch.sums, 0, rows * (kMicroBlock + scratch.width) * sizeof(float));
+  for (int64_t row = 0; row < rows; ++row) scratch.maximum[row] = -__builtin_inff();
+  load_queries(task, scratch);
+  for (int64_t begin = 0; begin < task.count; begin += kStepBlocks) {
+    Step step;
+    load_step(task, scratch, begin, step);
+    score_step(task, scratch, step, rows);
+    for (int64_t first = 0; first < rows; first += kRows) {
+      const int64_t last = smaller(first + kRows, rows) - 1;
+      const int64_t blocks = step.masked ? visible_blocks(step, position_of(task, last)) : step.count;
+      if (blocks == 0) continue;
+      for (int64_t row = first; row <= last; ++row) soften_row(task, scratch, step, row, blocks);
+    }
+    weigh_step(task, scratch, step, rows);
+  }
+  store_rows(task, scratch);
+}
+
+template <int kQ>
+void dot_queries(const float* queries, const float* key, int64_t depth, float* scores) {
+  Vector acc[kQ][kPerBlock] = {};
+  int64_t d = 0;
+  for (; d + kMicroBlock <= depth; d += kMicroBlock) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPerBlock; ++v) {
+      const Vector k = load(key + d + v * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQ; ++q) acc[q][v] += load(queries + q * depth + d + v * kLanes) * k;
+    }
+  }
+  for (int q = 0; q < kQ; ++q) {
+    float total = 0.0f;
+    for (int lane = 0; lane < kMicroBlock; ++lane) total += acc[q][lane / kLanes][lane % kLanes];
+    for (int64_t c = d; c < depth; ++c) total += queries[q * depth + c] * key[c];
+    scores[q] = total;
+  }
+}
+
+void score(const float* queries, int64_t count, const float* low, const float* high, int64_t depth, float* scores) {
+  if (high == nullptr) {
+    int64_t q = 0;
+    for (; q + 4 <= count; q += 4) dot_queries<4>(queries + q * depth, low, depth, scores + q);
+    for (; q < count; ++q) dot_queries<1>(queries + q * depth, low, depth, scores + q);
+    return;
+  }
+  for (int64_t q = 0; q < count; ++q, queries += depth) {
+    Vector acc[kPerBlock] = {};
+    int64_t d = 0;
+    for (; d + kMicroBlock <= depth; d += kMicroBlock) {
+      for (int v = 0; v < kPerBlock; ++v) {
+        const Vector query = load(queries + d + v * kLanes);
+        acc[v] += larger(query * load(low + d + v * kLanes), query * load(high + d + v * kLanes));
+      }
+    }
+    float total = 0.0f;
+    for (int lane = 0; lane < kMicroBlock; ++lane) total += acc[lane / kLanes][lane % kLanes];
+    for (; d < depth; ++d) {
+      const float a = queries[d] * low[d];
+      const float b = queries[d] * high[d];
+      total += a > b ? a : b;
+    }
+    scores[q] = total;
+  }
+}
+
+void widen(const uint16_t* halves, float* floats, int64_t count) { halves_to_floats(halves, floats, count); }
+
+#define EDGERUN_TEXT_OF(name) #name
+#define EDGERUN_TEXT(name) EDGERUN_TEXT_OF(name)
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {EDGERUN_TEXT(EDGERUN_VARIANT), attend, score, widen};
+
+}  // namespace edgerun::dhsa::EDGERUN_VARIANT

@@ -1,0 +1,221 @@
+// Which micro-blocks a group of queries attends: a window, everything, or the best chunks within the budget.
+#include <algorithm>
+#include <cmath>
+
+#include "csrc/ops/dhsa_attention/kernels.h"
+#include "csrc/ops/dhsa_attention/state.h"
+
+namespace edgerun::dhsa {
+namespace {
+
+int64_t blocks_for(int64_t tokens) { return (tokens + kMicroBlock - 1) / kMicroBlock; }
+
+bool attends_densely(const Params& params, const Group& group) {
+  return params.budget == 0 || group.end <= params.budget || (params.tokens >= 2 && params.tokens <= params.dense_tail);
+}
+
+int64_t group_size(const Params& params) { return params.query_heads / params.kv_heads; }
+
+// Most vectors that a group's queries are pooled into.
+int64_t most_pooled(const Params& params) {
+  if (params.query_pooling == QueryPooling::kQueryMean) return 1;
+  const int64_t rows = std::min(params.tile, params.tokens);
+  return group_size(params) * (blocks_for(rows) + 1);  // rows that begin inside a segment touch one more
+}
+
+// Adds `rows` query rows to sum, in order.
+void add_rows(const Params& params, const Tensors& tensors, int64_t query_head, int64_t first_row, int64_t rows, float* sum) {
+  const int64_t depth = params.head_dim;
+  const int64_t offset = (query_head * params.tokens + first_row) * depth;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (params.dtype == Dtype::kHalf) {
+      const uint16_t* query = static_cast<const uint16_t*>(tensors.query) + offset + row * depth;
+      for (int64_t d = 0; d < depth; ++d) sum[d] += half_to_float(query[d]);
+    } else {
+      const float* query = static_cast<const float*>(tensors.query) + offset + row * depth;
+      for (int64_t d = 0; d < depth; ++d) sum[d] += query[d];
+    }
+  }
+}
+
+void divide(float* sum, int64_t depth, int64_t count) {
+  for (int64_t d = 0; d < depth; ++d) sum[d] /= static_cast<float>(count);
+}
+
+// Pools the group's queries into [count, D]; returns count.
+int64_t pool_queries(const Params& params, const Tensors& tensors, int64_t head, const Group& group, float* pooled) {
+  const int64_t depth = params.head_dim;
+  const int64_t size = group_size(params);
+  if (params.query_pooling == QueryPooling::kQueryMean) {
+    std::fill_n(pooled, depth, 0.0f);
+    for (int64_t h = 0; h < size; ++h) add_rows(params, tensors, head * size + h, group.first_row, group.rows, pooled);
+    divide(pooled, depth, group.rows * size);
+    return 1;
+  }
+  int64_t count = 0;
+  for (int64_t h = 0; h < size; ++h) {
+    for (int64_t position = group.start; position < group.end;) {
+      const int64_t rows = std::min(kMicroBlock - position % kMicroBlock, group.end - position);
+      float* mean = pooled + count * depth;
+      std::fill_n(mean, depth, 0.0f);
+      add_rows(params, tensors, head * size + h, group.first_row + position - group.start, rows, mean);
+      divide(mean, depth, rows);
+      position += rows;
+      ++count;
+    }
+  }
+  return count;
+}
+
+// Reads the summaries of one KV head, as floats, and scores pooled queries against them.
+class Scorer {
+ public:
+  Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t count, float* scratch)
+      : params_(params), kernels_(kernels()), queries_(queries), count_(count), widened_(scratch) {
+    vectors_ = params.pooling == Pooling::kMinMax ? 2 : 1;
+    const int64_t offset = head * params.capacity_blocks * vectors_ * params.head_dim;
+    summaries_ = static_cast<const char*>(tensors.summaries) + offset * element_bytes();
+  }
+
+  // scores[q] of one micro-block.
+  void operator()(int64_t block, float* scores) const {
+    const int64_t elements = vectors_ * params_.head_dim;
+    const char* summary = summaries_ + block * elements * element_bytes();
+    const float* low = reinterpret_cast<const float*>(summary);
+    if (params_.dtype == Dtype::kHalf) {
+      kernels_.widen(reinterpret_cast<const uint16_t*>(summary), widened_, elements);
+      low = widened_;
+    }
+    kernels_.score(queries_, count_, low, vectors_ == 2 ? low + params_.head_dim : nullptr, params_.head_dim, scores);
+  }
+
+ private:
+  int64_t element_bytes() const { return params_.dtype == Dtype::kHalf ? 2 : 4; }
+
+  const Params& params_;
+  const Kernels& kernels_;
+  const float* queries_;
+  int64_t count_;
+  float* widened_;
+  const char* summaries_;
+  int64_t vectors_;
+};
+
+// A run of candidate micro-blocks that share a score.
+struct Chunk {
+  float score;
+  uint16_t first;  // from the sink on
+  uint16_t count;
+};
+
+// Heap order: the chunk that is taken next is the largest. A NaN score is ranked last, so that the order stays an order.
+bool taken_later(const Chunk& a, const Chunk& b) { return a.score != b.score ? a.score < b.score : a.first > b.first; }
+
+// Scores the chunks of [0, blocks) that reach beyond the sink. `means`, `sums` and `scores` hold one float per pooled query.
+int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer& scorer, int64_t pooled, int64_t blocks,
+                     int64_t sink_blocks, float* scratch, Chunk* chunks) {
+  float* scores = scratch;
+  float* sums = scratch + pooled;
+  float* means = scratch + 2 * pooled;
+  std::fill_n(means, pooled, 0.0f);
+  if (params.pooling == Pooling::kCentred) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      scorer(block, scores);
+      for (int64_t q = 0; q < pooled; ++q) means[q] += scores[q];
+    }
+    for (int64_t q = 0; q < pooled; ++q) means[q] /= static_cast<float>(blocks);
+  }
+  int64_t count = 0;
+  for (int64_t first = 0; first < blocks;) {
+    int64_t end = first + 1;
+    while (end < blocks && tensors.boundaries[end] == 0) ++end;
+    const int64_t start = first;
+    first = end;
+    if (end <= sink_blocks) continue;
+    const float length = static_cast<float>(end - start);
+    for (int64_t block = start; block < end; ++block) {
+      scorer(block, block == start ? sums : scores);
+      if (block == start) continue;
+      for (int64_t q = 0; q < pooled; ++q) {
+        sums[q] = params.pooling == Pooling::kMinMax ? std::max(sums[q], scores[q]) : sums[q] + scores[q];
+      }
+    }
+    float best = -INFINITY;
+    for (int64_t q = 0; q < pooled; ++q) {
+      float score = sums[q];
+      if (params.pooling != Pooling::kMinMax) score = score / length - means[q];
+      if (params.pooling == Pooling::kSqrt || params.pooling == Pooling::kCentred) {
+        score *= std::sqrt(static_cast<float>(kMicroBlock) * length);
+      }
+      best = score > best ? score : best;
+    }
+    const int64_t visible = std::max(start, sink_blocks);
+    chunks[count++] = Chunk{best, static_cast<uint16_t>(visible), static_cast<uint16_t>(end - visible)};
+  }
+  return count;
+}
+
+int32_t append_range(uint16_t* ids, int64_t count, int64_t first, int64_t end) {
+  for (int64_t block = first; block < end; ++block) ids[count++] = static_cast<uint16_t>(block);
+  return static_cast<int32_t>(count);
+}
+
+// Start of what a group always attends, in micro-blocks: the last cut that was decided before the group began.
+int64_t local_start(const Tensors& tensors, int64_t start) {
+  int64_t block = start < kBoundaryReach ? 0 : (start - kBoundaryReach) / kMicroBlock;
+  while (block > 0 && tensors.boundaries[block] == 0) --block;
+  return block;
+}
+
+}  // namespace
+
+bool scores_chunks(const Params& params) {
+  if (params.window > 0 || params.selector != Selector::kChunk) return false;
+  return !attends_densely(params, Group{0, params.tokens, params.input_pos, params.input_pos + params.tokens});
+}
+
+int64_t select_scratch_floats(const Params& params) {
+  if (params.budget == 0 || params.window > 0 || params.selector != Selector::kChunk) return 0;
+  const int64_t pooled = most_pooled(params);
+  const int64_t chunk_floats = static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
+  return pooled * (params.head_dim + 3) + 2 * params.head_dim + chunk_floats * params.capacity_blocks;
+}
+
+int32_t select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
+                     float* scratch) {
+  const int64_t end = blocks_for(group.end);
+  if (params.window > 0) {
+    const int64_t first_token = std::max<int64_t>(0, group.start - params.window + 1);
+    return append_range(ids, 0, first_token / kMicroBlock, end);
+  }
+  if (attends_densely(params, group)) return append_range(ids, 0, 0, end);
+
+  const int64_t local = local_start(tensors, group.start);
+  const int64_t sink = std::min(params.sink / kMicroBlock, local);
+  const int64_t forced_tokens = sink * kMicroBlock + group.end - local * kMicroBlock;
+  const int64_t extra = std::clamp<int64_t>((params.budget - forced_tokens) / kMicroBlock, 0, local - sink);
+  if (extra == local - sink) return append_range(ids, 0, 0, end);
+  int64_t count = append_range(ids, 0, 0, sink);
+  if (params.selector == Selector::kRecent) return append_range(ids, count, local - extra, end);
+
+  Chunk* chunks = reinterpret_cast<Chunk*>(scratch);
+  float* pooled_queries = scratch + params.capacity_blocks * static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
+  float* widened = pooled_queries + most_pooled(params) * params.head_dim;
+  const int64_t pooled = pool_queries(params, tensors, head, group, pooled_queries);
+  const Scorer scorer(params, tensors, head, pooled_queries, pooled, widened);
+  const int64_t chunk_count =
+      score_chunks(params, tensors, scorer, pooled, local, sink, widened + 2 * params.head_dim, chunks);
+  std::make_heap(chunks, chunks + chunk_count, taken_later);
+  int64_t left = extra;
+  for (int64_t remaining = chunk_count; left > 0; --remaining) {
+    std::pop_heap(chunks, chunks + remaining, taken_later);
+    const Chunk& best = chunks[remaining - 1];
+    const int64_t taken = std::min<int64_t>(best.count, left);
+    count = append_range(ids, count, best.first, best.first + taken);
+    left -= taken;
+  }
+  std::sort(ids + sink, ids + count);
+  return append_range(ids, count, local, end);
+}
+
+}  // namespace edgerun::dhsa

@@ -1,0 +1,67 @@
+// What the stages of dhsa_attention share between their files. Not part of the op's contract.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "csrc/base/half.h"
+#include "csrc/ops/dhsa_attention/dhsa_attention.h"
+
+namespace edgerun::dhsa {
+
+// A cache element is a float, or half precision as its bits.
+static inline float to_float(float value) { return value; }
+static inline float to_float(uint16_t value) { return half_to_float(value); }
+static inline void from_float(float value, float* target) { *target = value; }
+static inline void from_float(float value, uint16_t* target) { *target = float_to_half(value); }
+
+// The rows of a call that lie in one tile of the absolute grid.
+struct Group {
+  int64_t first_row;  // within the call
+  int64_t rows;
+  int64_t start;      // position of the first row
+  int64_t end;        // position after the last row
+};
+
+Group group_at(const Params& params, int64_t index);
+
+bool keeps_summaries(const Params& params, const Tensors& tensors);
+void append_head(const Params& params, const Tensors& tensors, int64_t head);
+void summarize_head(const Params& params, const Tensors& tensors, int64_t head);
+
+// Whether some group of the call scores chunks, rather than taking a range; `select` is then worth threads.
+bool scores_chunks(const Params& params);
+
+// Floats that selection needs per worker.
+int64_t select_scratch_floats(const Params& params);
+
+// The list of one group of one KV head into ids (room for M); returns its length.
+int32_t select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
+                     float* scratch);
+
+// Runs task(index, worker) for every index in [0, count), each on whichever worker is free.
+template <typename Task>
+void for_each_task(const Parallel& parallel, int64_t count, const Task& task) {
+  struct Shared {
+    const Task* task;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+  };
+  Shared shared{&task, count};
+  const int64_t workers = parallel.threads < count ? parallel.threads : count;
+  if (workers <= 1) {
+    for (int64_t index = 0; index < count; ++index) task(index, 0);
+    return;
+  }
+  parallel.run(
+      parallel.pool, workers,
+      [](void* context, int64_t worker) {
+        Shared& mine = *static_cast<Shared*>(context);
+        for (int64_t index; (index = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.count;) {
+          (*mine.task)(index, worker);
+        }
+      },
+      &shared);
+}
+
+}  // namespace edgerun::dhsa
