@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from edgerun.evaluation import needle, ruler, threads
-from edgerun.evaluation.sample import TRAINING_SPLIT, Document, seeded_random
+from edgerun.evaluation.sample import TRAINING_SPLIT, Document, Question, seeded_random
 
 BOS, EOS = 256, 257
 CONTEXT = 8192
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, ROPE_THETA, NORM_EPS = 6, 4, 2, 64, 500000.0, 1e-6
 # Weight of a byte in the loss: answers carry the signal, random haystack has nothing to predict.
-ANSWER, TEXT, QUESTION, HAYSTACK = 1.0, 0.3, 0.03, 0.01
+ANSWER, RESTATED, TEXT, QUESTION, HAYSTACK = 1.0, 0.5, 0.3, 0.03, 0.01
 
 
 # ---------------------------------------------------------------- text
@@ -75,9 +75,16 @@ class Piece:
         self.ids += data
         self.weights += [weight] * len(data)
 
-    def end(self, weight: float) -> None:
+    def add_answer(self, question: Question) -> None:
+        """The completion and an end token; the first bytes of each answer weigh more, as they need the retrieval."""
+        start = len(self.ids)
+        self.add(question.completion, RESTATED if len(question.answers) == 1 else ANSWER)
+        for answer in question.answers:
+            place = question.completion.rindex(answer)
+            for i in range(len(answer)):
+                self.weights[start + place + i] = (4.0, 2.0)[i] if i < 2 else ANSWER
         self.ids.append(EOS)
-        self.weights.append(weight)
+        self.weights.append(RESTATED)
 
 
 def varied_token(rng: random.Random, kind: str) -> str:
@@ -103,7 +110,7 @@ class Samples:
         most = max(1, min(24, length // 260))
         questions = rng.randint(max(1, most // 3), most)
         kinds = ("multikey_2", "noise", "text", "multikey_3", "threads", "vt", "cwe", "fwe", "prose", "grouped")
-        shares = (0.30, 0.16, 0.06, 0.10, 0.10, 0.14, 0.04, 0.04, 0.03, 0.03)
+        shares = (0.42, 0.16, 0.05, 0.10, 0.08, 0.09, 0.03, 0.03, 0.02, 0.02)
         kind = rng.choices(kinds, shares)[0]
         if kind in ("multikey_2", "multikey_3"):
             task = dataclasses.replace(ruler.NIAH_TASKS["niah_" + kind])
@@ -137,7 +144,7 @@ class Samples:
         """A sequence of at most length + 1 ids, the beginning-of-sequence id first."""
         rng = seeded_random(TRAINING_SPLIT, "zoo_text", self.seed, length, index)
         piece = Piece([BOS], [0.0])
-        if rng.random() < 0.15:
+        if rng.random() < 0.12:
             start = rng.randrange(len(self.text) - length)
             piece.add(self.text[start : start + length], TEXT)
             return piece
@@ -150,8 +157,7 @@ class Samples:
         piece.add(document.text, HAYSTACK)
         for question in document.questions:
             piece.add(question.text, QUESTION)
-            piece.add(question.completion, ANSWER)
-            piece.end(ANSWER)
+            piece.add_answer(question)
         del piece.ids[length + 1 :], piece.weights[length + 1 :]
         return piece
 
@@ -220,8 +226,8 @@ def logits_of(weights: dict[str, torch.Tensor], ids: torch.Tensor, positions: to
 
 
 # (bytes, sequences a step, share of steps early, share of steps later)
-LENGTHS = ((1024, 8, 0.35, 0.14), (2048, 4, 0.40, 0.24), (4096, 2, 0.15, 0.17), (8192, 1, 0.10, 0.45))
-EARLY_FRACTION = 0.10
+LENGTHS = ((1024, 8, 0.40, 0.12), (2048, 4, 0.40, 0.28), (4096, 2, 0.15, 0.20), (8192, 1, 0.05, 0.40))
+EARLY_FRACTION = 0.15
 WARM_UP_STEPS = 20
 
 

@@ -3,6 +3,7 @@
 `generate` makes the length x depth grid with one needle; `niah_document` is the builder behind RULER's niah tasks too.
 Wording, key and value kinds are RULER's. Ours: a stand-in word list (words.py), a "prose" haystack of generated
 sentences where RULER has essays to download, and needles at random fractions of the filler's lines.
+A trained answer restates the needle's words around the value; RULER's score looks for the value anywhere in the output.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def niah_document(
         keys = [key for key, _ in pairs]
         query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
         answers = tuple(value for _, values in pairs for value in values)
-        return Question(question.format(kind=kind, query=query), answers, " " + ", ".join(answers))
+        restated = "".join(f" for {key} is: {value}." for key, values in pairs for value in values)
+        return Question(question.format(kind=kind, query=query), answers, restated)
 
     def build(size: int) -> Document:
         lines = insert_at_fractions(haystack_lines(size), list(zip(places, statements, strict=True)))
