@@ -48,8 +48,8 @@ class Parser {
       ++column;
       if (text_[i] == '\n') ++line, column = 1;
     }
-    return Status(StatusCode::kCorrupt, "not JSON at line " + std::to_string(line) + ", column " +
-                                            std::to_string(column) + ": " + error_);
+    return Status(StatusCode::kCorrupt,
+                  "not JSON at line " + std::to_string(line) + ", column " + std::to_string(column) + ": " + error_);
   }
 
  private:
@@ -141,7 +141,7 @@ class Parser {
     for (int i = 0; i < 4; ++i, ++at_) {
       if (at_ >= text_.size()) return fail("four hexadecimal digits were expected");
       const char c = text_[at_];
-      const int digit = is_digit(c)              ? c - '0'
+      const int digit = is_digit(c)            ? c - '0'
                         : c >= 'a' && c <= 'f' ? c - 'a' + 10
                         : c >= 'A' && c <= 'F' ? c - 'A' + 10
                                                : -1;

@@ -70,10 +70,13 @@ Status give(Struct ours, Struct* target) {
 
 edgerun_stats stats_of(const edgerun::TextSession& session) {
   const edgerun::SessionStats& stats = session.stats();
-  return {sizeof(edgerun_stats),      stats.prompt_tokens,      stats.generated_tokens,   stats.model_load_start_ms,
-          stats.model_load_end_ms,    stats.inference_start_ms, stats.inference_end_ms,   stats.prompt_eval_end_ms,
-          stats.first_token_ms,       stats.aggregate_sampling_time_ms, edgerun::peak_rss_bytes(),
-          stats.attended_pairs,       stats.causal_pairs};
+  return {sizeof(edgerun_stats),     stats.prompt_tokens,
+          stats.generated_tokens,    stats.model_load_start_ms,
+          stats.model_load_end_ms,   stats.inference_start_ms,
+          stats.inference_end_ms,    stats.prompt_eval_end_ms,
+          stats.first_token_ms,      stats.aggregate_sampling_time_ms,
+          edgerun::peak_rss_bytes(), stats.attended_pairs,
+          stats.causal_pairs};
 }
 
 Status generate(edgerun_text_session* session, const int64_t* ids, size_t count, const edgerun_generate_options* given,

@@ -20,13 +20,13 @@ extern "C" {
 #define EDGERUN_API_VERSION 1 /* raised when a caller of the version before would break */
 
 typedef enum edgerun_status { /* the codes of csrc/base/status.h */
-  EDGERUN_OK = 0,
-  EDGERUN_INVALID_ARGUMENT = 1,
-  EDGERUN_NOT_FOUND = 2,
-  EDGERUN_CORRUPT = 3,
-  EDGERUN_OUT_OF_MEMORY = 4,
-  EDGERUN_CANCELLED = 5,
-  EDGERUN_INTERNAL = 6
+                              EDGERUN_OK = 0,
+                              EDGERUN_INVALID_ARGUMENT = 1,
+                              EDGERUN_NOT_FOUND = 2,
+                              EDGERUN_CORRUPT = 3,
+                              EDGERUN_OUT_OF_MEMORY = 4,
+                              EDGERUN_CANCELLED = 5,
+                              EDGERUN_INTERNAL = 6
 } edgerun_status;
 
 typedef enum edgerun_finish {
@@ -72,7 +72,7 @@ typedef struct edgerun_stats {
 } edgerun_stats;
 
 typedef int32_t (*edgerun_token_callback)(int64_t token, void* user); /* not 0: cancel */
-typedef int32_t (*edgerun_step_callback)(void* user); /* before every slice and token; not 0: cancel */
+typedef int32_t (*edgerun_step_callback)(void* user);                 /* before every slice and token; not 0: cancel */
 
 typedef struct edgerun_generate_options {
   size_t struct_bytes;

@@ -73,8 +73,8 @@ Status resolve(const fs::path& folder, const std::string& name, fs::path* file) 
   if (error) return Status(StatusCode::kNotFound, folder.string() + " cannot be read: " + error.message());
   const fs::path real_file = fs::canonical(*file, error);
   if (error) {
-    return Status(StatusCode::kNotFound, "'" + name + "' of manifest.json is not in " + folder.string() +
-                                             ": copy the whole bundle again");
+    return Status(StatusCode::kNotFound,
+                  "'" + name + "' of manifest.json is not in " + folder.string() + ": copy the whole bundle again");
   }
   const fs::path inside = real_file.lexically_relative(real_folder);
   if (inside.empty() || *inside.begin() == "..") {

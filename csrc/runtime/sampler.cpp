@@ -24,9 +24,9 @@ uint32_t next_pcg32(uint64_t* state) {
 // x = n ln 2 + r, |r| <= ln 2 / 2; Taylor to r^12 (error below 2^-51).
 double portable_exp(double x) {
   if (x < -700.0) return 0.0;
-  constexpr double kInverseFactorial[] = {1.0,          1.0,           1.0 / 2,        1.0 / 6,       1.0 / 24,
-                                          1.0 / 120,    1.0 / 720,     1.0 / 5040,     1.0 / 40320,   1.0 / 362880,
-                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+  constexpr double kInverseFactorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,      1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
   constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   const double n = std::floor(x * 1.44269504088896338700 + 0.5);
   const double r = (x - n * kLn2High) - n * kLn2Low;

@@ -32,8 +32,8 @@ class Sampler {
 
   SamplerOptions options_;
   uint64_t state_ = 0;
-  std::vector<int64_t> order_;    // candidates, best first as far as they are sorted
-  std::vector<double> weights_;   // exp((logit - highest) / temperature) by id
+  std::vector<int64_t> order_;   // candidates, best first as far as they are sorted
+  std::vector<double> weights_;  // exp((logit - highest) / temperature) by id
 };
 
 }  // namespace edgerun

@@ -114,10 +114,9 @@ Status TextSession::load(const SessionOptions& options) {
     const auto bytes = meta->memory_planned_buffer_size(i);
     if (!bytes.ok()) return executorch_failed(where, bytes.error());
     if (!program_->memory.emplace_back().allocate(static_cast<size_t>(*bytes))) {
-      return Status(StatusCode::kOutOfMemory, "the system refuses " + std::to_string(*bytes) +
-                                                  " bytes of address space for a context of " +
-                                                  std::to_string(info_.max_context) +
-                                                  " tokens: export with a lower --max-context");
+      return Status(StatusCode::kOutOfMemory,
+                    "the system refuses " + std::to_string(*bytes) + " bytes of address space for a context of " +
+                        std::to_string(info_.max_context) + " tokens: export with a lower --max-context");
     }
   }
   for (const LazyMemory& memory : program_->memory) program_->spans.emplace_back(memory.data(), memory.size());

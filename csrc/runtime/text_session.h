@@ -45,7 +45,7 @@ struct SessionStats {
 enum class Finish : int { kLength = 0, kEos = 1, kStop = 2, kCancelled = 3 };
 
 struct GenerateOptions {
-  int64_t max_new_tokens = 128;                  // 0: only prefill
+  int64_t max_new_tokens = 128;  // 0: only prefill
   SamplerOptions sampler;
   std::optional<std::vector<int64_t>> stop_ids;  // instead of the bundle's end tokens; the one met is still emitted
   std::span<const int64_t> forced;               // fed in turn instead of sampled tokens; max_new_tokens is ignored

@@ -1,0 +1,1 @@
+"""What a user holds: one session is one bundle, loaded and running."""
