@@ -1,4 +1,4 @@
-"""Recipe: every choice that shapes a text bundle. Frozen; its hash names the build, so a bundle is never taken for another's."""
+"""Recipe: every choice that shapes a text bundle. Frozen; its hash names the build, whatever the file is called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_CHUNK = 64  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class DhsaOptions:
-    """Settings of dynamic hierarchical sparse attention (csrc/ops/dhsa_attention/dhsa_attention.h gives their meaning)."""
+    """Settings of dynamic hierarchical sparse attention; csrc/ops/dhsa_attention/dhsa_attention.h explains them."""
 
     budget: int = 2048  # most distinct key tokens per query tile and KV head
     tile: int = 64  # queries that share one selection

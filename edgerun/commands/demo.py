@@ -1,0 +1,207 @@
+"""The whole way on the model that ships: export it dense and sparse, answer a long prompt on two devices, compare.
+
+A few minutes on two cores. Writes both bundles, report.json and report.html (open it in a browser) to --output.
+
+examples
+  edgerun demo
+  edgerun demo --output /tmp/demo --no-device        without the emulated arm64 device
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+from edgerun.commands import bench
+from edgerun.commands import eval as evaluation
+from edgerun.commands.common import (
+    Clock,
+    Exporter,
+    Tools,
+    begin_report,
+    checkpoint_path,
+    emit,
+    stage_bar,
+)
+from edgerun.commands.measure import force_on, generate_on, timing
+from edgerun.errors import DeviceError
+from edgerun.evaluation.answers import Job
+from edgerun.machine import available_cores
+from edgerun.recipe import DhsaOptions, Recipe
+from edgerun.report import Cell, Check, Column, Report, Table, write_json
+from edgerun.report_html import write_html
+
+SUMMARY = "the whole way on the model that ships, in a few minutes"
+MODEL = "zoo:text"
+RECIPES = {
+    "dense": Recipe(attention="dense"),
+    "dhsa": Recipe(attention="dhsa", dhsa=DhsaOptions(budget=2048)),
+}
+# One recipe more for the emulated device, whose prompts are short: a budget that is sparse on them.
+SHORT_RECIPE = Recipe(attention="dhsa", dhsa=DhsaOptions(budget=256), max_context=1024)
+LONG = Job("ruler", "niah_multikey_2", 8192, seed=0, index=0)
+SHORT = Job("ruler", "niah_multikey_2", 768, seed=0, index=0)
+BENCH_LENGTHS = (1024, 2048, 4096, 8192)
+BENCH_REPEATS = 2
+ACCURACY_TASK, ACCURACY_LENGTH, ACCURACY_SAMPLES = "niah_multikey_2", 4096, 12
+ACCURACY_BUDGETS, ACCURACY_SELECTORS = (384, 768, 1536), ("chunk", "window-sink")
+
+_COLUMNS = (
+    Column("device"),
+    Column("attention"),
+    Column("prompt", "bytes"),
+    Column("right answer"),
+    Column("prefill", "s", 2),
+    Column("decode", "ms/token", 1),
+    Column("peak RSS", "MiB", 0),
+    Column("density", "%", 1),
+    Column("KL to eager", "nats"),
+    Column("top-1 as eager", "%", 1),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `edgerun demo`."""
+    default = pathlib.Path("demo_output")
+    parser.add_argument(
+        "-o", "--output", type=pathlib.Path, default=default, metavar="FOLDER", help=f"default: {default}"
+    )
+    parser.add_argument("--device", default="emulated-arm64", metavar="D", help="the second one; default: %(default)s")
+    parser.add_argument("--no-device", action="store_true", help="this machine only")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
+
+
+def run(arguments: argparse.Namespace, tools: Tools) -> int:
+    """`edgerun demo`."""
+    device = None if arguments.no_device else arguments.device
+    report = demonstrate(arguments.output, tools.exporter(), device_name=device, command=tools.command)
+    status = emit(report, arguments)
+    if not arguments.json:
+        page, values = arguments.output / "report.html", arguments.output / "report.json"
+        print(f"\nReport: {page} (open it in a browser) and {values}")
+        print(f'Next:   edgerun run {arguments.output / "dhsa.edgerun"} --prompt "The grass is" --stream')
+    return status
+
+
+def demonstrate(output: pathlib.Path, exporter: Exporter, *, device_name: str | None, command: str = "") -> Report:
+    """Do it all and write bundles and reports to `output`.
+
+    device_name: the second device; when it is not there, the report says so. Raises EdgerunError as the stages do.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint, clock = checkpoint_path(MODEL), Clock(say=True)
+    print("edgerun demo: a small model, exported with dense and with sparse attention, on two devices", file=sys.stderr)
+    bundles = {}
+    for name, recipe in RECIPES.items():
+        with clock.step(f"export {name}"), stage_bar(f"export {name}") as progress:
+            bundles[name] = output / f"{name}.edgerun"
+            exporter.export_bundle(checkpoint, recipe, bundles[name], overwrite=True, progress=progress)
+    rows: list[tuple[Cell, ...]] = []
+    checks: list[Check] = []
+    for name, path in bundles.items():
+        with clock.step(f"answer {LONG.length:,} bytes on this machine, {name}"):
+            row, found = answer_row("host", name, path, checkpoint, LONG)
+        rows.append(row)
+        checks += found
+    notes = []
+    if device_name is not None:
+        try:
+            found_rows, found_checks = _second_device(device_name, checkpoint, output, exporter, clock)
+            rows += found_rows
+            checks += found_checks
+        except DeviceError as error:
+            notes.append(f"Without {device_name}: {error}")
+    with clock.step(f"right answers against budget, {ACCURACY_SAMPLES} prompts"):
+        accuracy = _accuracy(checkpoint)
+    with clock.step("prefill time against length"):
+        speed = bench.bench_bundles([bundles["dhsa"], bundles["dense"]], BENCH_LENGTHS, 0, repeats=BENCH_REPEATS)
+    report = begin_report("demo", "edgerun demo: one model, dense and sparse, on two devices", command)
+    note = "Times on an emulated device say nothing of a real one. Density: attended of all causal pairs."
+    answers = Table("Answers to a retrieval prompt", _COLUMNS, tuple(rows), note)
+    report = dataclasses.replace(
+        report,
+        facts=_facts(),
+        tables=(answers, *accuracy.tables, *speed.tables[:1]),
+        plots=(*speed.plots, *accuracy.plots),
+        checks=tuple(checks),
+        steps=tuple(clock.steps),
+        notes=tuple(notes),
+    )
+    write_json(report, output / "report.json")
+    write_html(report, output / "report.html")
+    return report
+
+
+def answer_row(
+    device_name: str, attention: str, bundle_path: pathlib.Path, checkpoint: pathlib.Path, job: Job
+) -> tuple[tuple[Cell, ...], tuple[Check, ...]]:
+    """Answer a sample on a device, then feed the same tokens to the eager model: a row of the table and its gates."""
+    from edgerun.bundle import Bundle
+    from edgerun.devices import open_device
+    from edgerun.evaluation import fidelity, ruler
+    from edgerun.models import causal_lm
+
+    bundle, sample, device = Bundle.open(bundle_path), job.sample(), open_device(device_name)
+    tokenizer = bundle.tokenizer()
+    prompt = tokenizer.encode(sample.prompt).ids
+    answer = generate_on(device, bundle_path, prompt, max_new_tokens=sample.max_new_tokens, threads=None)
+    measured = timing(answer.values)
+    forced = answer.tokens[:-1]
+    logits = force_on(device, bundle_path, prompt, forced, threads=None).logits
+    model = causal_lm.load(checkpoint, bundle.recipe)
+    found = fidelity.measure(logits, fidelity.eager_logits(model, prompt, forced, bundle.recipe.prefill_slice))
+    sparse = measured.density is not None and measured.density < 1.0
+    checks = fidelity.checks(found, bundle.recipe, sparse=sparse, label=f"{attention} on {device_name}: ")
+    decode, memory, density = measured.decode_s_per_token, measured.peak_rss_bytes, measured.density
+    row = (
+        device_name,
+        attention,
+        len(sample.prompt.encode()),
+        ruler.score(sample, tokenizer.decode(answer.tokens)) == 1.0,
+        measured.prefill_s,
+        None if decode is None else 1e3 * decode,
+        None if memory is None else memory / 2**20,
+        None if density is None else 100 * density,
+        found.mean_kl_nats,
+        100 * found.top1,
+    )
+    return row, checks
+
+
+def _second_device(
+    name: str, checkpoint: pathlib.Path, output: pathlib.Path, exporter: Exporter, clock: Clock
+) -> tuple[list[tuple[Cell, ...]], list[Check]]:
+    from edgerun.devices import open_device
+
+    open_device(name)
+    short = {"dense": dataclasses.replace(RECIPES["dense"], max_context=SHORT_RECIPE.max_context), "dhsa": SHORT_RECIPE}
+    rows: list[tuple[Cell, ...]] = []
+    checks: list[Check] = []
+    for attention, recipe in short.items():
+        path = output / f"short-{attention}.edgerun"
+        title = f"answer {SHORT.length:,} bytes on {name}, {attention}"
+        with clock.step(title), stage_bar(f"export {path.name}") as progress:
+            exporter.export_bundle(checkpoint, recipe, path, overwrite=True, progress=progress)
+            row, found = answer_row(name, attention, path, checkpoint, SHORT)
+        rows.append(row)
+        checks += found
+    return rows, checks
+
+
+def _accuracy(checkpoint: pathlib.Path) -> Report:
+    base = Recipe(max_context=ACCURACY_LENGTH)
+    contenders = evaluation.budget_contenders(checkpoint, base, ACCURACY_BUDGETS, ACCURACY_SELECTORS)
+    jobs = evaluation.make_jobs("ruler", (ACCURACY_TASK,), (ACCURACY_LENGTH,), ACCURACY_SAMPLES, seed=1)
+    report = evaluation.evaluate(contenders, jobs, processes=available_cores())
+    return dataclasses.replace(report, plots=evaluation.budget_plots(contenders, report))
+
+
+def _facts() -> tuple[tuple[str, Cell], ...]:
+    sparse = RECIPES["dhsa"].dhsa
+    return (
+        ("model", f"{MODEL}, a byte-level Llama-type decoder that ships with edgerun"),
+        ("prompt", f"{LONG.task}: one needle asked for among many, {LONG.length:,} bytes with the answer"),
+        ("sparse attention", f"at most {sparse.budget:,} key tokens for every {sparse.tile} queries, chosen by chunk"),
+    )

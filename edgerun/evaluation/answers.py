@@ -1,0 +1,264 @@
+"""Answer evaluation samples greedily, with eager models or bundles, in several processes, and remember every answer.
+
+A job names a sample by what decides it, so that workers make their own. A contender is a model with a recipe (eager:
+our torch model with the native op) or a bundle. Answers go to a JSONL file as they come; the same call resumes there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from edgerun.errors import EdgerunError
+from edgerun.evaluation import needle, ruler, threads
+from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
+from edgerun.recipe import Recipe
+
+SUITES = ("needle", "ruler", "threads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One sample: a task of a suite ("depth_50" in needle), a length in tokens, a seed and an index."""
+
+    suite: str
+    task: str
+    length: int
+    seed: int
+    index: int
+
+    def sample(self, count_tokens: TokenCounter = count_utf8_bytes) -> Sample:
+        """Make the sample. Raises EdgerunError for an unknown task or a length too short for it."""
+        try:
+            if self.suite == "needle":
+                depth = float(self.task.removeprefix("depth_"))
+                return needle.generate(self.length, depth, self.seed, self.index, count_tokens=count_tokens)
+            make = {"ruler": ruler.generate, "threads": threads.generate}[self.suite]
+            return make(self.task, self.length, self.seed, self.index, count_tokens=count_tokens)
+        except ValueError as error:
+            raise EdgerunError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Who answers. recipe: of the eager model of the checkpoint `path`; None: `path` is a bundle. build: identity."""
+
+    name: str
+    path: pathlib.Path
+    recipe: Recipe | None
+    build: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One contender's answer. score: fraction of the expected strings found; density: attended of causal pairs."""
+
+    build: str
+    job: Job
+    score: float
+    expected: tuple[str, ...]
+    output: str
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+    density: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the JSONL file."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Answer:
+        """The answer that a line holds."""
+        return Answer(**{**values, "job": Job(**values["job"]), "expected": tuple(values["expected"])})
+
+
+class _Answerer(Protocol):
+    def answer(self, job: Job) -> Answer: ...
+
+
+class EagerAnswerer:
+    """Greedy decoding of edgerun's torch model with the native op; the tokenizer is the checkpoint's own."""
+
+    def __init__(self, contender: Contender) -> None:
+        import tokenizers
+
+        from edgerun.checkpoint import Checkpoint
+        from edgerun.models import causal_lm
+
+        assert contender.recipe is not None
+        self._build = contender.build
+        checkpoint = Checkpoint.open(contender.path)
+        self._slice = contender.recipe.prefill_slice
+        self._model = causal_lm.load(checkpoint, contender.recipe)
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(contender.path / "tokenizer.json"))
+        self._ends = end_tokens(checkpoint.config, checkpoint.generation)
+
+    def answer(self, job: Job) -> Answer:
+        """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
+        import torch
+
+        count = self.count_tokens
+        sample = job.sample(count)
+        ids = self._tokenizer.encode(sample.prompt).ids
+        _require_room(len(ids) + sample.max_new_tokens, self._model.max_context)
+        begin = time.monotonic()
+        with torch.inference_mode():
+            for start in range(0, len(ids), self._slice):
+                piece = torch.tensor([ids[start : start + self._slice]])
+                logits = self._model(piece, torch.tensor([start]))
+            prefilled = time.monotonic()
+            found: list[int] = []
+            while len(found) < sample.max_new_tokens and (token := int(logits[0].argmax())) not in self._ends:
+                found.append(token)
+                logits = self._model(torch.tensor([[token]]), torch.tensor([len(ids) + len(found) - 1]))
+        return _scored(
+            self._build,
+            job,
+            sample,
+            self._tokenizer.decode(found),
+            prompt_tokens=len(ids),
+            prefill_s=prefilled - begin,
+            decode_s=time.monotonic() - prefilled,
+            density=None,
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` without special ones."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+class BundleAnswerer:
+    """Greedy decoding of a bundle by the native session in this process."""
+
+    def __init__(self, contender: Contender) -> None:
+        from edgerun.bundle import Bundle
+        from edgerun.sessions.text import TextSession
+
+        self._build = contender.build
+        bundle = Bundle.open(contender.path)
+        self._context = int(bundle.manifest["context"]["max_context"])
+        self._tokenizer = bundle.tokenizer()
+        self._session = TextSession(contender.path, threads=1)
+
+    def answer(self, job: Job) -> Answer:
+        """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
+        sample = job.sample(lambda text: len(self._tokenizer.encode(text, add_special_tokens=False).ids))
+        ids = self._tokenizer.encode(sample.prompt).ids
+        _require_room(len(ids) + sample.max_new_tokens, self._context)
+        self._session.reset()
+        generation = self._session.generate(ids, max_new_tokens=sample.max_new_tokens)
+        stats = generation.stats
+        return _scored(
+            self._build,
+            job,
+            sample,
+            generation.text,
+            prompt_tokens=len(ids),
+            prefill_s=(stats.prompt_eval_end_ms - stats.inference_start_ms) / 1e3,
+            decode_s=(stats.inference_end_ms - stats.prompt_eval_end_ms) / 1e3,
+            density=stats.attended_pairs / stats.causal_pairs if stats.causal_pairs else None,
+        )
+
+
+def end_tokens(config: Any, generation: dict[str, Any]) -> frozenset[int]:
+    """Token ids that end an answer: those of the generation settings, else of the configuration."""
+    ends = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def answer_all(
+    contenders: Sequence[Contender],
+    jobs: Sequence[Job],
+    *,
+    processes: int,
+    record: pathlib.Path | None = None,
+    on_answer: Callable[[int, int], None] | None = None,
+) -> dict[tuple[str, Job], Answer]:
+    """Every contender's answer to every job, by (build, job).
+
+    record: JSONL that is read first and appended to. on_answer: told (done, all) as answers come. One process works
+    here; more are started with one torch thread each. Raises EdgerunError for a damaged record or a failed job.
+    """
+    answers = read_record(record) if record is not None else {}
+    wanted = [(contender, job) for contender in contenders for job in jobs]
+    missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
+    done = len(wanted) - len(missing)
+    for answer in _work(missing, processes):
+        if record is not None:
+            with record.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(answer.to_json()) + "\n")
+        answers[answer.build, answer.job] = answer
+        done += 1
+        if on_answer is not None:
+            on_answer(done, len(wanted))
+    return answers
+
+
+def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
+    """The answers of a JSONL file, by (build, job). A last line cut short, as a killed run leaves it, is dropped.
+
+    Raises EdgerunError for another line that is not an answer.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8")
+    answers = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            answer = Answer.from_json(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise EdgerunError(f"{path} line {number} is not an answer ({error}): pass another --output") from error
+        answers[answer.build, answer.job] = answer
+    return answers
+
+
+def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[Answer]:
+    if processes <= 1 or len(tasks) <= 1:
+        yield from (_answer(task) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _start_worker) as pool:
+        try:
+            yield from (
+                future.result() for future in concurrent.futures.as_completed([pool.submit(_answer, t) for t in tasks])
+            )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _answer(task: tuple[Contender, Job]) -> Answer:
+    contender, job = task
+    return _answerer(contender).answer(job)
+
+
+@functools.lru_cache(maxsize=1)
+def _answerer(contender: Contender) -> _Answerer:
+    """The contender, loaded. Tasks come contender by contender, so a process loads each about once."""
+    return BundleAnswerer(contender) if contender.recipe is None else EagerAnswerer(contender)
+
+
+def _require_room(tokens: int, max_context: int) -> None:
+    if tokens > max_context:
+        raise EdgerunError(f"prompt and answer need {tokens} tokens, the context holds {max_context}: lower --lengths")
+
+
+def _scored(build: str, job: Job, sample: Sample, output: str, **measured: Any) -> Answer:
+    return Answer(build, job, ruler.score(sample, output), sample.answers, output, **measured)
