@@ -1,5 +1,4 @@
 // edgerun-runner: a bundle and token ids in, a JSON report out. What runs on a board: no Python, nothing to install.
-#include <executorch/runtime/platform/platform.h>
 #include <sys/utsname.h>
 
 #include <algorithm>
@@ -49,15 +48,6 @@ struct Request {
   edgerun_session_options session = edgerun_session_options_default();
   edgerun_generate_options generate = edgerun_generate_options_default();
 };
-
-std::string last_executorch_error;
-
-void keep_executorch_error(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t,
-                           const char* message, size_t length) {
-  if (level == et_pal_log_level_t::kError || level == et_pal_log_level_t::kFatal) {
-    last_executorch_error.assign(message, length);
-  }
-}
 
 bool fail(const std::string& message) {
   std::fprintf(stderr, "edgerun-runner: %s\n", message.c_str());
@@ -141,12 +131,7 @@ bool write_file(const std::string& path, const void* data, size_t bytes) {
   return fail(path + " cannot be written: " + reason + "; choose another place");
 }
 
-bool failed_call() {
-  std::string message = edgerun_last_error();
-  if (!last_executorch_error.empty()) message += " (" + last_executorch_error + ")";
-  for (char& c : message) c = c == '\n' ? ' ' : c;
-  return fail(message);
-}
+bool failed_call() { return fail(edgerun_last_error()); }
 
 void write_device(int64_t threads, edgerun::json::Writer* json) {
   utsname names = {};
@@ -243,7 +228,6 @@ int main(int argc, char** argv) {
     if (argument == "--help" || argument == "-h") return std::fputs(kHelp, stdout) < 0 ? 2 : 0;
     if (argument == "--version") return std::printf("edgerun-runner %s\n", edgerun_version()) < 0 ? 2 : 0;
   }
-  executorch::runtime::register_pal(executorch::runtime::PalImpl::create(keep_executorch_error, __FILE__));
   Request request;
   return parse_arguments(argc, argv, &request) && run(std::move(request)) ? 0 : 2;
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "csrc/ops/dhsa_attention/counters.h"
+#include "csrc/runtime/executorch_log.h"
 #include "csrc/runtime/process_memory.h"
 #include "csrc/runtime/thread_pool.h"
 
@@ -31,13 +32,14 @@ struct CountersScope {
   ~CountersScope() { set_attention_counters(nullptr); }
 };
 
-Status executorch_failed(const std::string& what, Error error) {
+Status executorch_failed(const std::string& what, Error error, const ExecutorchLog& log) {
   const StatusCode code = error == Error::MemoryAllocationFailed ? StatusCode::kOutOfMemory
                           : error == Error::InvalidProgram       ? StatusCode::kCorrupt
                                                                  : StatusCode::kInternal;
   std::string message = what + ": ExecuTorch says " + executorch::runtime::to_string(error);
+  if (!log.last_error().empty()) message += " (" + log.last_error() + ")";
   if (error == Error::OperatorMissing) {
-    message += " (0x14): load the library that defines the program's operators before the bundle";
+    message += ", 0x14: load the library that defines the program's operators before the bundle";
   }
   return Status(code, message);
 }
@@ -87,6 +89,7 @@ Status TextSession::open(const std::string& bundle, const SessionOptions& option
 }
 
 Status TextSession::load(const SessionOptions& options) {
+  const ExecutorchLog log;
   if (Status status = check_operators(info_); !status.ok()) return status;
   program_ = std::make_unique<Program>();
   if (Status status = program_->threads.acquire(options.threads); !status.ok()) return status;
@@ -95,7 +98,7 @@ Status TextSession::load(const SessionOptions& options) {
   using Verification = executorch::runtime::Program::Verification;
   const std::string where = "'" + info_.program_path + "' cannot be loaded";
   const Error loaded = module.load(options.verify ? Verification::Minimal : Verification::InternalConsistency);
-  if (loaded != Error::Ok) return executorch_failed(where, loaded);
+  if (loaded != Error::Ok) return executorch_failed(where, loaded, log);
 
   const auto build = module.execute("edgerun_build");
   if (!build.ok() || build->size() != 1 || !(*build)[0].isString() || (*build)[0].toString() != info_.build) {
@@ -103,16 +106,16 @@ Status TextSession::load(const SessionOptions& options) {
                                             info_.build.substr(0, 16) + "…: export the bundle again");
   }
   const auto meta = module.method_meta("forward");
-  if (!meta.ok()) return executorch_failed(where, meta.error());
+  if (!meta.ok()) return executorch_failed(where, meta.error(), log);
   const auto tokens = meta->input_tensor_meta(0);
-  if (!tokens.ok()) return executorch_failed(where, tokens.error());
+  if (!tokens.ok()) return executorch_failed(where, tokens.error(), log);
   if (tokens->sizes().size() != 2 || tokens->sizes()[1] < info_.prefill_slice) {
     return Status(StatusCode::kCorrupt, "'" + info_.program_path + "' takes fewer tokens a call than prefill_slice " +
                                             std::to_string(info_.prefill_slice) + ": export the bundle again");
   }
   for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
     const auto bytes = meta->memory_planned_buffer_size(i);
-    if (!bytes.ok()) return executorch_failed(where, bytes.error());
+    if (!bytes.ok()) return executorch_failed(where, bytes.error(), log);
     if (!program_->memory.emplace_back().allocate(static_cast<size_t>(*bytes))) {
       return Status(StatusCode::kOutOfMemory,
                     "the system refuses " + std::to_string(*bytes) + " bytes of address space for a context of " +
@@ -123,7 +126,7 @@ Status TextSession::load(const SessionOptions& options) {
   program_->planned = std::make_unique<executorch::runtime::HierarchicalAllocator>(
       executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(program_->spans.data(), program_->spans.size()));
   const Error ready = module.load_method("forward", program_->planned.get());
-  return ready == Error::Ok ? Status() : executorch_failed(where, ready);
+  return ready == Error::Ok ? Status() : executorch_failed(where, ready, log);
 }
 
 // One call at a time: taken at its start, given back at its end however it ends.
@@ -173,6 +176,7 @@ bool TextSession::stopped(const GenerateOptions& options) const {
 Status TextSession::execute(std::span<const int64_t> ids) {
   using executorch::aten::ScalarType;
   using executorch::extension::from_blob;
+  const ExecutorchLog log;
   int64_t position = position_;
   const auto count = static_cast<executorch::aten::SizesType>(ids.size());
   const auto tokens = from_blob(const_cast<int64_t*>(ids.data()), {1, count}, ScalarType::Long);
@@ -183,7 +187,7 @@ Status TextSession::execute(std::span<const int64_t> ids) {
     return program_->module->execute("forward", {tokens, input_pos});
   }();
   if (!outputs.ok()) {
-    return executorch_failed("the program failed at position " + std::to_string(position_), outputs.error());
+    return executorch_failed("the program failed at position " + std::to_string(position_), outputs.error(), log);
   }
   stats_.attended_pairs += program_->counters.attended_pairs;
   stats_.causal_pairs += program_->counters.causal_pairs;
