@@ -16,6 +16,7 @@ from typing import Protocol, cast
 import torch
 
 from edgerun.errors import EdgerunError
+from edgerun.ops.dhsa_attention_decomposition import boundaries_as, decomposition
 from edgerun.ops.dhsa_attention_reference import (
     block_lists,
     count_pairs,
@@ -47,8 +48,10 @@ __all__ = [
     "Selector",
     "attend",
     "block_lists",
+    "boundaries_as",
     "count_attention",
     "count_pairs",
+    "decomposition",
     "native_attend",
     "native_lists",
     "reference",

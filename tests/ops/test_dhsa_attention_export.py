@@ -55,7 +55,7 @@ def test_program_writes_its_buffers_in_place_and_in_order(exported: torch.export
     calls = [i.instr_args for i in plan.chains[0].instructions if isinstance(i.instr_args, KernelCall)]
     layers = [call.args for call in calls if names[call.op_index] == "edgerun::dhsa_attention.out"]
     assert len(layers) == 4
-    assert not any(names[call.op_index].startswith("aten::copy") for call in calls)  # nothing is copied back into a buffer
+    assert not any(names[call.op_index].startswith("aten::copy") for call in calls)  # written in place
     states = [layer[3:6] for layer in layers]
     assert len({value for state in states for value in state}) == 12
     assert layers[2][6] == layers[3][6] != layers[0][6] == layers[1][6]
