@@ -107,16 +107,24 @@ def resolve(config: Any, recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, max_context=context)
 
 
-def load(checkpoint: Checkpoint | pathlib.Path, recipe: Recipe, progress: Progress | None = None) -> CausalLM:
+def load(
+    checkpoint: Checkpoint | pathlib.Path,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    arithmetic: torch.dtype | None = None,
+) -> CausalLM:
     """The model of `checkpoint` as `recipe` wants it: attention, dtype, quantisation, context. Ready to call.
 
+    arithmetic: dtype of activations and caches, the recipe's own when None; weights are rounded to the recipe's dtype
+    all the same, so that torch.float32 gives the truth that a float16 program is judged by.
     Raises CheckpointError for a checkpoint that lacks or misshapes a tensor, ExportError for a recipe it cannot serve.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
     recipe = resolve(checkpoint.config, recipe)
     assert recipe.max_context is not None
-    dtype = _DTYPES[recipe.dtype]
+    dtype = arithmetic or _DTYPES[recipe.dtype]
     decoder, frozen = _on_meta(checkpoint, recipe.max_context)
     sites = cached_attention.find_sites(decoder)
     asks = [_without_idle_window(site, recipe.max_context) for site in sites]
@@ -204,7 +212,8 @@ def _materialise(
         elif not (names.tied and module is names.head):
             for name in _kept_tensors(module):
                 full = f"{prefix}.{name}"
-                tensor = convert(names.checkpoint.tensor(names.stored(full)), dtype, full)
+                tensor = convert(names.checkpoint.tensor(names.stored(full)), _DTYPES[recipe.dtype], full)
+                tensor = convert(tensor, dtype, full)
                 _assign(module, name, tensor)
             _fill_computed_buffers(decoder, module)
             if isinstance(module, nn.Linear):

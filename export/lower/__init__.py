@@ -1,0 +1,1 @@
+"""Stage 4: lowering, one target a file."""

@@ -1,0 +1,59 @@
+"""ExecuTorch: an ExportedProgram becomes a .pte, with matrix products and element-wise work in XNNPACK.
+
+Activations are planned at the upper bound of the dynamic dimension, so the prefill slice sets their memory. The state
+buffers are mutable buffers of the program: only their shapes are stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import warnings
+from typing import Any
+
+import torch
+
+from edgerun.errors import ExportError
+
+TARGET = "executorch-xnnpack"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredProgram:
+    """What a written .pte needs."""
+
+    operators: tuple[str, ...]  # edgerun's own ops that it calls, sorted
+    planned_bytes: int  # memory that the runtime plans for it: state and activations
+
+
+def lower(
+    program: torch.export.ExportedProgram, path: pathlib.Path, constant_methods: dict[str, Any]
+) -> LoweredProgram:
+    """Write `program` to `path`. `constant_methods` are functions of no argument that the .pte answers.
+
+    Raises ExportError when the file does not reach the disk whole; OSError from writing is passed on.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that state starts undefined is intended: input_pos 0 drops it
+        edge = to_edge_transform_and_lower(
+            program,
+            partitioner=[XnnpackPartitioner()],
+            constant_methods=constant_methods,
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+        lowered = edge.to_executorch(ExecutorchBackendConfig())
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.stat().st_size == 0:
+        raise ExportError(f"{path} was not written: make room on the disk and export again")
+    plan = next(plan for plan in lowered.executorch_program.execution_plan if plan.name == "forward")
+    return LoweredProgram(
+        operators=tuple(sorted({one.name for one in plan.operators if one.name.startswith("edgerun::")})),
+        planned_bytes=sum(plan.non_const_buffer_sizes),
+    )

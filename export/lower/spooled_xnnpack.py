@@ -1,0 +1,100 @@
+"""XNNPACK lowering that keeps no copy of the weights in memory.
+
+ExecuTorch's route copies every weight twice before it writes it: each partition is deep-copied for its backend, and all
+the backend's bytes wait in memory for the writer. Here a partition's copy shares the weights (lowering never writes to
+them), and a partition's bytes go to files in a spool folder as soon as they exist; the writer copies them from there.
+The backend registers under a name of its own with ExecuTorch's extension points; `as_xnnpack` then gives every
+partition the name that the runtime knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pathlib
+import tempfile
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir._serialize._cord import CordBuffer, FileBackedData
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from torch.export.exported_program import ExportedProgram
+
+_SPOOL = "edgerun_spool_folder"
+_SMALL_BYTES = 1 << 16  # smaller buffers stay in memory: a file each would cost more than it frees
+
+
+class SpoolingPartitioner(XnnpackPartitioner):  # type: ignore[misc]
+    """Partitions as XnnpackPartitioner does; what the partitions hold goes to files in `folder`."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__()
+        spool = CompileSpec(_SPOOL, str(folder).encode())
+        self.delegation_spec = DelegationSpec(SpooledXnnpackBackend.__name__, [spool])
+
+
+class SpooledXnnpackBackend(BackendDetails):  # type: ignore[misc]
+    """XnnpackBackend on a program that shares its weights, with its result in files."""
+
+    @classmethod
+    def copy_exported_program_for_preprocess(
+        cls, edge_program: ExportedProgram, compile_specs: list[CompileSpec]
+    ) -> ExportedProgram:
+        """A program whose graph may be changed freely and whose tensors are those of `edge_program`."""
+        return ExportedProgram(
+            root=copy.deepcopy(edge_program.graph_module),
+            graph=copy.deepcopy(edge_program.graph),
+            graph_signature=copy.deepcopy(edge_program.graph_signature),
+            state_dict=dict(edge_program.state_dict),
+            range_constraints=copy.deepcopy(edge_program.range_constraints),
+            module_call_graph=copy.deepcopy(edge_program.module_call_graph),
+            constants=dict(edge_program.constants),
+            verifiers=[edge_program.verifier],
+        )
+
+    @staticmethod
+    def preprocess(edge_program: ExportedProgram, compile_specs: list[CompileSpec]) -> PreprocessResult:
+        """XNNPACK's own result, its buffers moved to the spool folder."""
+        folder = pathlib.Path(next(spec.value for spec in compile_specs if spec.key == _SPOOL).decode())
+        result = XnnpackBackend.preprocess(edge_program, [])
+        store = result.data_store_output
+        for index, buffer in enumerate(store.buffers):
+            store.buffers[index] = _spooled(buffer, folder)
+        return dataclasses.replace(
+            result, data_store_output=NamedDataStoreOutput(store.buffers, store.pte_data, store.external_data)
+        )
+
+
+def as_xnnpack(graph_module: torch.fx.GraphModule) -> None:
+    """Rename every partition of a lowered graph to the backend that the runtime has, and let go of its weights."""
+    for name, module in list(graph_module.named_children()):
+        if isinstance(module, LoweredBackendModule) and module.backend_id == SpooledXnnpackBackend.__name__:
+            renamed = LoweredBackendModule(
+                edge_program=_without_weights(module.original_module),
+                backend_id=XnnpackBackend.__name__,
+                processed_bytes=module.processed_bytes,
+                compile_specs=[],
+                named_data_store_output=module.named_data_store_output,
+            )
+            renamed.meta = module.meta
+            setattr(graph_module, name, renamed)
+
+
+def _without_weights(program: ExportedProgram) -> ExportedProgram:
+    """The program with tensors of the same shapes that take no memory: later stages read its graph alone."""
+    for name, tensor in program.state_dict.items():
+        program.state_dict[name] = tensor.new_zeros(()).expand(tensor.shape)
+    return program
+
+
+def _spooled(buffer: CordBuffer, folder: pathlib.Path) -> CordBuffer:
+    if not isinstance(buffer, bytes) or len(buffer) < _SMALL_BYTES:
+        return buffer
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".weights", delete=False) as file:
+        file.write(buffer)
+    return FileBackedData(file.name, cleanup=True)

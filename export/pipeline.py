@@ -1,0 +1,108 @@
+"""The pipeline: `export_bundle` is the whole way from a checkpoint to a published bundle, read top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import shutil
+from typing import TYPE_CHECKING
+
+import torch
+
+from edgerun.bundle import Bundle, BundleWriter, GoldenCase, existing_build
+from edgerun.checkpoint import Checkpoint, Progress
+from edgerun.export.golden import golden_cases
+from edgerun.export.lower.executorch import LoweredProgram, lower
+from edgerun.export.manifest import PROGRAM_FILE, constant_methods, manifest
+from edgerun.export.program import export_program
+from edgerun.export.verify import verify
+from edgerun.models.causal_lm import CausalLM, load, resolve
+from edgerun.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgerun.memory_plan import MemoryPlan
+
+
+def export_bundle(
+    checkpoint: pathlib.Path,
+    recipe: Recipe,
+    out: pathlib.Path,
+    *,
+    memory_limit_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Make the bundle `out` of a checkpoint folder and return it, verified on this host.
+
+    A bundle of this very build at `out` is returned as it is. progress(stage, fraction) is called as stages advance.
+    Raises CheckpointError, ExportError, BundleError or ParityError; then, and after Ctrl-C, nothing is left at `out`.
+    """
+    source = Checkpoint.open(checkpoint)
+    recipe = resolve(source.config, recipe)
+    memory = plan(source, recipe) if importlib.util.find_spec("edgerun.memory_plan") else None
+    if memory is not None and memory_limit_bytes is not None:
+        memory.require(memory_limit_bytes)
+    build = recipe.hash(source.sha256(progress))
+    if (existing := existing_build(out, build)) is not None:
+        return existing
+    with BundleWriter(out, overwrite) as writer:
+        golden = _golden(source, recipe, writer, progress)
+        model = load(source, recipe, progress)
+        lowered = _lower(source, model, recipe, build, writer, progress)
+        _copy_tokenizer(source, writer)
+        facts = manifest(source, model, recipe, build, lowered, golden) | {
+            "memory_plan": memory and dataclasses.asdict(memory)
+        }
+        del model
+        parity = verify(writer.write_manifest(facts), progress)
+        return writer.publish(facts | {"parity": parity})
+
+
+def plan(checkpoint: Checkpoint | pathlib.Path, recipe: Recipe) -> MemoryPlan:
+    """Memory that a bundle of this recipe needs to run at its longest context. Reads no weights."""
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    from edgerun.memory_plan import plan_memory
+
+    return plan_memory(source, resolve(source.config, recipe))
+
+
+def _golden(
+    source: Checkpoint, recipe: Recipe, writer: BundleWriter, progress: Progress | None
+) -> list[tuple[str, GoldenCase]]:
+    truth = load(source, recipe, progress, arithmetic=torch.float32)
+    if progress is not None:
+        progress("golden cases", 0.0)
+    cases = golden_cases(truth, recipe, source)
+    for name, case in cases:
+        case.save(writer.subfolder("golden") / f"{name}.safetensors")
+    if progress is not None:
+        progress("golden cases", 1.0)
+    return cases
+
+
+def _lower(
+    source: Checkpoint,
+    model: CausalLM,
+    recipe: Recipe,
+    build: str,
+    writer: BundleWriter,
+    progress: Progress | None,
+) -> LoweredProgram:
+    if progress is not None:
+        progress("export program", 0.0)
+    program = export_program(model, recipe.prefill_slice)
+    if progress is not None:
+        progress("export program", 1.0)
+        progress("lower to ExecuTorch", 0.0)
+    writer.subfolder("programs")
+    lowered = lower(program, writer.folder / PROGRAM_FILE, constant_methods(source, model, recipe, build))
+    if progress is not None:
+        progress("lower to ExecuTorch", 1.0)
+    return lowered
+
+
+def _copy_tokenizer(source: Checkpoint, writer: BundleWriter) -> None:
+    folder = writer.subfolder("tokenizer")
+    for file in source.tokenizer_files:
+        shutil.copyfile(file, folder / file.name)
