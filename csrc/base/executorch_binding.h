@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -55,7 +56,8 @@ class Scratch {
 // ExecuTorch aborts the process when a name is registered twice, as a second copy of this library would do. The first one
 // stays, and the log says so.
 inline bool register_once(const char* name, const executorch::runtime::Kernel& kernel) {
-  if (executorch::runtime::registry_has_op_function(name)) {
+  for (const executorch::runtime::Kernel& other : executorch::runtime::get_registered_kernels()) {
+    if (std::strcmp(other.name_, name) != 0) continue;
     ET_LOG(Error, "%s is registered already: two copies of libedgerun_ops are loaded, the first is used; load one", name);
     return false;
   }

@@ -1,0 +1,495 @@
+// dhsa_attention in C++: the laws of dhsa_attention.h and its arithmetic against double precision, for every kernel variant
+// that this CPU runs. A plain program, status 0 when all holds; needs nothing but the op, so that it also runs on a board:
+//   aarch64-linux-gnu-g++ -std=c++20 -O3 -ffp-contract=fast -static -I. -o dhsa_attention_test
+//     tests/ops/dhsa_attention_test.cpp csrc/ops/dhsa_attention/*_portable.cpp csrc/base/cpu_features.cpp
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#define EDGERUN_VARIANT under_test
+#define EDGERUN_LANES 4
+#define EDGERUN_ROWS 2
+#define EDGERUN_WIDE 1
+#include "csrc/ops/dhsa_attention/kernels_impl.h"  // its own copy, for the functions that the table does not show
+
+#include "csrc/base/half.h"
+#include "csrc/ops/dhsa_attention/dhsa_attention.h"
+#include "csrc/ops/dhsa_attention/kernels.h"
+
+namespace {
+
+using namespace edgerun::dhsa;
+
+constexpr double kFloatTolerance = 2e-6;  // relative L2 of one call in float against double, a few roundings per key
+constexpr double kHalfTolerance = 5e-4;   // the result is rounded to 11 bits
+constexpr double kPeakedTolerance = 1e-4;  // a score of 1000 is rounded by 6e-5, and a weight's relative error is that
+constexpr double kExpTolerance = 2.5e-7;  // relative: the polynomial's 9e-8 and the roundings of its evaluation
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                                      \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      ++failures;                                                                  \
+      std::printf("%s:%d: %s [%s] ", __FILE__, __LINE__, #condition, kernels().name); \
+      std::printf(__VA_ARGS__);                                                    \
+      std::printf("\n");                                                           \
+    }                                                                              \
+  } while (false)
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  float uniform() {  // [-1, 1)
+    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<float>(static_cast<int32_t>(state_ >> 32)) * 0x1p-31f;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+edgerun::Parallel threads(int64_t count) {
+  const auto run = [](void*, int64_t workers, edgerun::ParallelBody body, void* context) {
+    std::vector<std::thread> pool;
+    for (int64_t worker = 0; worker < workers; ++worker) pool.emplace_back(body, context, worker);
+    for (std::thread& thread : pool) thread.join();
+  };
+  return edgerun::Parallel{run, nullptr, count};
+}
+
+// A text's queries, keys and values, token-major, and the state that calls build from it. Floats, or halves as bits.
+struct Layer {
+  Params params;
+  int64_t length;
+  std::vector<float> query, key, value;  // [length, heads, D]
+  std::vector<char> key_cache, value_cache, summaries, out;
+  std::vector<uint8_t> boundaries;
+  std::vector<std::vector<uint16_t>> lists;  // of the last call: [Hkv * groups]
+
+  Layer(const Params& base, int64_t tokens, uint64_t seed = 1) : params(base), length(tokens) {
+    Random random(seed);
+    const auto fill = [&](std::vector<float>& data, int64_t heads) {
+      data.resize(static_cast<size_t>(length * heads * params.head_dim));
+      for (float& x : data) x = rounded(random.uniform());
+    };
+    fill(query, params.query_heads);
+    fill(key, params.kv_heads);
+    fill(value, params.kv_heads);
+    for (int64_t t = 1; t < length; ++t) {  // topics, so that boundaries and scores mean something
+      const int64_t width = params.kv_heads * params.head_dim;
+      for (int64_t i = 0; i < width; ++i) {
+        float& x = key[static_cast<size_t>(t * width + i)];
+        x = rounded(0.5f * x + 0.8f * std::sin(static_cast<float>(t / 37 * 5 + i)));
+      }
+    }
+    const size_t cells = static_cast<size_t>(params.kv_heads * params.capacity_blocks * params.head_dim);
+    key_cache.assign(cells * 16 * bytes(), '\x7f');  // NaN in both dtypes: what is not written must not be read
+    value_cache.assign(cells * 16 * bytes(), '\x7f');
+    summaries.assign(cells * 2 * bytes(), '\x7f');
+    boundaries.assign(static_cast<size_t>(params.capacity_blocks + 1), 1);
+    out.resize(static_cast<size_t>(length * params.query_heads * params.head_dim) * bytes());
+  }
+
+  size_t bytes() const { return params.dtype == Dtype::kHalf ? 2 : 4; }
+  float rounded(float x) const {
+    return params.dtype == Dtype::kHalf ? edgerun::half_to_float(edgerun::float_to_half(x)) : x;
+  }
+
+  // [heads, count, D] of tokens [first, first + count), in the layer's dtype.
+  std::vector<char> slice(const std::vector<float>& data, int64_t heads, int64_t first, int64_t count) const {
+    const int64_t depth = params.head_dim;
+    std::vector<char> result(static_cast<size_t>(heads * count * depth) * bytes());
+    for (int64_t i = 0; i < heads * count * depth; ++i) {
+      const int64_t head = i / (count * depth), token = first + i / depth % count;
+      const float x = data[static_cast<size_t>((token * heads + head) * depth + i % depth)];
+      if (params.dtype == Dtype::kHalf) {
+        const uint16_t half = edgerun::float_to_half(x);
+        std::memcpy(&result[static_cast<size_t>(i) * 2], &half, 2);
+      } else {
+        std::memcpy(&result[static_cast<size_t>(i) * 4], &x, 4);
+      }
+    }
+    return result;
+  }
+
+  Counters call(int64_t first, int64_t count, const edgerun::Parallel& parallel = edgerun::serial(),
+                bool with_lists = false) {
+    params.input_pos = first;
+    params.tokens = count;
+    const std::vector<char> q = slice(query, params.query_heads, first, count);
+    const std::vector<char> k = slice(key, params.kv_heads, first, count);
+    const std::vector<char> v = slice(value, params.kv_heads, first, count);
+    Tensors tensors;
+    tensors.query = q.data();
+    tensors.key = k.data();
+    tensors.value = v.data();
+    tensors.out = &out[static_cast<size_t>(first * params.query_heads * params.head_dim) * bytes()];
+    tensors.key_cache = key_cache.data();
+    tensors.value_cache = value_cache.data();
+    tensors.summaries = summaries.data();
+    tensors.boundaries = boundaries.data();
+    const char* wrong = check(params, tensors);
+    CHECK(wrong == nullptr, "%s", wrong);
+    const size_t size = scratch_bytes(params, parallel.threads);
+    void* scratch = std::aligned_alloc(64, (size + 63) / 64 * 64);
+    std::memset(scratch, 0x7f, size);
+    Counters counters;
+    run(params, tensors, scratch, parallel, &counters);
+    if (with_lists) {
+      const int64_t groups = group_count(params);
+      std::vector<uint16_t> ids(static_cast<size_t>(params.kv_heads * groups * params.capacity_blocks));
+      std::vector<int32_t> counts(static_cast<size_t>(params.kv_heads * groups));
+      select(params, tensors, Lists{ids.data(), counts.data()}, scratch, parallel);
+      lists.clear();
+      for (size_t i = 0; i < counts.size(); ++i) {
+        const auto begin = ids.begin() + static_cast<int64_t>(i) * params.capacity_blocks;
+        lists.emplace_back(begin, begin + counts[i]);
+      }
+    }
+    std::free(scratch);
+    return counters;
+  }
+
+  float output(int64_t index) const {
+    if (params.dtype == Dtype::kHalf) {
+      uint16_t half;
+      std::memcpy(&half, &out[static_cast<size_t>(index) * 2], 2);
+      return edgerun::half_to_float(half);
+    }
+    float x;
+    std::memcpy(&x, &out[static_cast<size_t>(index) * 4], 4);
+    return x;
+  }
+
+  // Relative L2 error of the last call's output against a double-precision softmax over its lists; counts what it attends.
+  double error(Counters* counted) const {
+    const int64_t depth = params.head_dim, group = params.query_heads / params.kv_heads, groups = group_count(params);
+    double squares = 0, differences = 0;
+    *counted = Counters{};
+    for (int64_t t = params.input_pos; t < params.input_pos + params.tokens; ++t) {
+      for (int64_t h = 0; h < params.query_heads; ++h) {
+        const int64_t g = h / group;
+        const auto& list = lists[static_cast<size_t>(g * groups + t / params.tile - params.input_pos / params.tile)];
+        std::vector<double> sums(static_cast<size_t>(depth));
+        std::vector<std::pair<int64_t, double>> scores;
+        double total = 0, highest = -INFINITY;
+        for (const uint16_t block : list) {
+          for (int64_t j = block * 16; j < block * 16 + 16; ++j) {
+            if (j > t || (params.window > 0 && j <= t - params.window)) continue;
+            double score = 0;
+            for (int64_t d = 0; d < depth; ++d) {
+              score += double(query[size_t((t * params.query_heads + h) * depth + d)]) *
+                       key[size_t((j * params.kv_heads + g) * depth + d)];
+            }
+            score *= params.scale;
+            if (params.softcap > 0) score = params.softcap * std::tanh(score / params.softcap);
+            highest = std::max(highest, score);
+            scores.emplace_back(j, score);
+          }
+        }
+        if (h % group == 0) counted->attended_pairs += static_cast<int64_t>(scores.size());
+        for (const auto& [j, score] : scores) {
+          const double weight = std::exp(score - highest);
+          total += weight;
+          for (int64_t d = 0; d < depth; ++d) {
+            sums[size_t(d)] += weight * value[size_t((j * params.kv_heads + g) * depth + d)];
+          }
+        }
+        if (h % group == 0) counted->causal_pairs += params.window > 0 ? std::min(t + 1, params.window) : t + 1;
+        for (int64_t d = 0; d < depth; ++d) {
+          const double truth = sums[size_t(d)] / total;
+          const double got = output((t * params.query_heads + h) * depth + d);
+          squares += truth * truth;
+          differences += (got - truth) * (got - truth);
+        }
+      }
+    }
+    return std::sqrt(differences / squares);
+  }
+
+  // Blocks in use, from every buffer that outlives a call.
+  std::vector<char> state(int64_t tokens) const {
+    std::vector<char> result(boundaries.begin(), boundaries.end());
+    const int64_t cell = params.head_dim * static_cast<int64_t>(bytes());
+    const int64_t vectors = params.pooling == Pooling::kMinMax ? 2 : 1;
+    for (int64_t head = 0; head < params.kv_heads; ++head) {
+      const auto add = [&](const std::vector<char>& data, int64_t rows, int64_t blocks) {
+        const auto begin = data.begin() + head * params.capacity_blocks * rows * cell;
+        result.insert(result.end(), begin, begin + blocks * rows * cell);
+      };
+      add(key_cache, 16, (tokens + 15) / 16);
+      add(value_cache, 16, (tokens + 15) / 16);
+      if (params.budget > 0) add(summaries, vectors, tokens / 16);
+    }
+    return result;
+  }
+};
+
+Params shape(int64_t query_heads, int64_t kv_heads, int64_t head_dim, int64_t blocks) {
+  Params params;
+  params.query_heads = query_heads;
+  params.kv_heads = kv_heads;
+  params.head_dim = head_dim;
+  params.capacity_blocks = blocks;
+  params.scale = 1.5f / std::sqrt(static_cast<float>(head_dim));
+  return params;
+}
+
+Params sparse(int64_t tile) {
+  Params params = shape(4, 2, 16, 32);
+  params.tile = tile;
+  params.budget = 16 + 64 + 12 + tile + 32;
+  params.boundary_threshold = 0.4f;
+  params.finds_boundaries = true;
+  return params;
+}
+
+void expect_output(const Params& params, int64_t before, int64_t tokens, const char* name,
+                   double float_tolerance = kFloatTolerance) {
+  Layer layer(params, before + tokens);
+  if (before > 0) layer.call(0, before);
+  const Counters counters = layer.call(before, tokens, edgerun::serial(), true);
+  Counters counted;
+  const double error = layer.error(&counted);
+  CHECK(error < (params.dtype == Dtype::kHalf ? kHalfTolerance : float_tolerance), "%s: error %g", name, error);
+  CHECK(counters.attended_pairs == counted.attended_pairs && counters.causal_pairs == counted.causal_pairs,
+        "%s: %lld of %lld pairs, not %lld of %lld", name, (long long)counters.attended_pairs,
+        (long long)counters.causal_pairs, (long long)counted.attended_pairs, (long long)counted.causal_pairs);
+}
+
+void test_outputs() {
+  for (const int64_t depth : {1, 7, 16, 20, 64, 80, 96, 128, 256}) {
+    expect_output(shape(4, 2, depth, 8), 0, 70, "head_dim");
+    expect_output(shape(3, 3, depth, 8), 65, 1, "decode");
+  }
+  for (const int64_t tokens : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 160}) {
+    expect_output(shape(2, 1, 32, 16), 0, tokens, "length");
+    expect_output(shape(2, 1, 32, 16), 31, tokens, "length after 31");
+  }
+  expect_output(shape(300, 1, 8, 4), 3, 20, "more heads than rows of a task");
+  Params params = shape(4, 2, 32, 24);
+  params.tile = 300;
+  expect_output(params, 0, 333, "tile larger than a task");
+  params = shape(4, 2, 32, 24);
+  params.softcap = 0.7f;
+  expect_output(params, 5, 90, "softcap");
+  for (const int64_t window : {1, 16, 33, 200}) {
+    params = shape(4, 2, 32, 24);
+    params.window = window;
+    expect_output(params, 50, 190, "window");
+    expect_output(params, 139, 1, "window, decode");
+  }
+  params = shape(4, 2, 40, 24);
+  params.dtype = Dtype::kHalf;
+  expect_output(params, 17, 150, "half");
+  for (const int64_t tile : {1, 24, 64}) {
+    for (int pooling = 0; pooling < 4; ++pooling) {
+      for (int variety = 0; variety < 4; ++variety) {
+        params = sparse(tile);
+        params.pooling = static_cast<Pooling>(pooling);
+        params.query_pooling = static_cast<QueryPooling>(variety & 1);
+        params.dtype = static_cast<Dtype>(variety >> 1);
+        params.selector = variety == 3 ? Selector::kRecent : Selector::kChunk;
+        expect_output(params, 211, 130, "sparse");
+        expect_output(params, 340, 1, "sparse decode");
+      }
+    }
+  }
+}
+
+// A list holds the sink, the local band and its own tile, ascends, fits the budget and leaves no room unused.
+void test_lists() {
+  for (const int64_t tile : {1, 16, 40, 64}) {
+    Layer layer(sparse(tile), 500);
+    layer.call(0, 500, edgerun::serial(), true);
+    const int64_t groups = group_count(layer.params);
+    for (int64_t i = 0; i < groups * 2; ++i) {
+      const auto& list = layer.lists[static_cast<size_t>(i)];
+      const int64_t end = std::min<int64_t>(500, (i % groups + 1) * tile);
+      const int64_t held = static_cast<int64_t>(list.size()) * 16 - (list.back() * 16 + 16 - end);
+      CHECK(std::is_sorted(list.begin(), list.end()) && list[0] == 0, "list %lld", (long long)i);
+      CHECK(std::adjacent_find(list.begin(), list.end()) == list.end(), "list %lld", (long long)i);
+      CHECK(list.back() == (end - 1) / 16, "list %lld", (long long)i);
+      CHECK(held <= layer.params.budget && (held > layer.params.budget - 16 || held == end), "list %lld: %lld tokens",
+            (long long)i, (long long)held);
+    }
+  }
+}
+
+void test_state_is_the_same_for_every_partition() {
+  for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf}) {
+    for (const Pooling pooling : {Pooling::kMean, Pooling::kMinMax}) {
+      Params params = sparse(64);
+      params.dtype = dtype;
+      params.pooling = pooling;
+      Layer whole(params, 301);
+      whole.call(0, 301);
+      int64_t cuts = 0;
+      for (const uint8_t flag : whole.boundaries) cuts += flag;
+      CHECK(cuts > 5 && cuts < 18, "%lld cuts exercise both outcomes", (long long)cuts);
+      for (const int64_t step : {1, 7, 16, 33, 150}) {
+        Layer parts(params, 301);
+        for (int64_t first = 0; first < 301; first += step) parts.call(first, std::min(step, 301 - first));
+        CHECK(parts.state(301) == whole.state(301), "step %lld", (long long)step);
+      }
+      Layer again(params, 301);
+      again.call(0, 301);
+      again.call(203, 98);  // truncates first
+      CHECK(again.state(301) == whole.state(301), "rewound");
+      again.call(100, 7);
+      Layer shorter(params, 301);
+      shorter.call(0, 107);
+      CHECK(again.state(107) == shorter.state(107), "truncated");
+    }
+  }
+}
+
+void test_cuts_at_tiles_change_no_bit() {
+  for (const int64_t tile : {1, 32}) {
+    Layer whole(sparse(tile), 320), parts(sparse(tile), 320);
+    whole.call(0, 320);
+    for (const int64_t first : {0, 32, 160, 288}) parts.call(first, first == 0 ? 32 : first == 288 ? 32 : 128);
+    CHECK(whole.out == parts.out, "tile %lld", (long long)tile);
+  }
+}
+
+void test_threads_change_no_bit() {
+  for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf}) {
+    Params params = sparse(16);
+    params.dtype = dtype;
+    Layer one(params, 400), three(params, 400);
+    one.call(0, 400);
+    three.call(0, 400, threads(3));
+    CHECK(one.out == three.out && one.state(400) == three.state(400), "dtype %d", static_cast<int>(dtype));
+  }
+}
+
+void test_budget_of_everything_is_dense_bit_for_bit() {
+  Params params = sparse(64);
+  params.budget = 512;
+  Layer large(params, 333);
+  params.budget = 0;
+  Layer dense(params, 333);
+  large.call(0, 333);
+  dense.call(0, 333);
+  CHECK(large.out == dense.out, "budget 512 over 333 tokens");
+}
+
+void test_grouped_heads_equal_repeated_heads() {
+  const Params params = shape(4, 2, 32, 8);
+  Layer grouped(params, 100), repeated(shape(4, 4, 32, 8), 100);
+  repeated.query = grouped.query;
+  for (int64_t i = 0; i < 100 * 4 * 32; ++i) {
+    const int64_t from = (i / 128 * 2 + i / 32 % 4 / 2) * 32 + i % 32;
+    repeated.key[size_t(i)] = grouped.key[size_t(from)];
+    repeated.value[size_t(i)] = grouped.value[size_t(from)];
+  }
+  grouped.call(0, 100);
+  repeated.call(0, 100);
+  CHECK(grouped.out == repeated.out, "4 heads on 2");
+}
+
+void test_nan_stays_where_it_is() {
+  Layer layer(shape(1, 1, 16, 8), 40);
+  layer.key[10 * 16] = NAN;  // one key: rows 0..9 do not see it, all later ones do
+  layer.call(0, 40);
+  for (int64_t t = 0; t < 40; ++t) CHECK(std::isnan(layer.output(t * 16)) == (t >= 10), "row %lld", (long long)t);
+}
+
+void test_large_scores_do_not_overflow() {
+  Params params = shape(2, 1, 16, 16);
+  params.scale = 300.0f;
+  expect_output(params, 0, 200, "peaked", kPeakedTolerance);
+}
+
+void test_exp2_and_tanh() {
+  using namespace edgerun::dhsa::under_test;
+  double exp_error = 0, tanh_error = 0;
+  for (int i = 0; i < 400000; ++i) {
+    const float x = -100.0f + 0.00027f * static_cast<float>(i);
+    exp_error = std::max(exp_error, std::abs(weight(splat(x))[0] / std::exp2(double(x)) - 1));
+    const float y = 0.00005f * static_cast<float>(i - 200000);
+    if (y != 0) tanh_error = std::max(tanh_error, std::abs(tanh_vector(splat(y))[0] / std::tanh(double(y)) - 1));
+  }
+  CHECK(exp_error < kExpTolerance, "exp2 error %g", exp_error);
+  CHECK(tanh_error < kExpTolerance, "tanh error %g", tanh_error);
+  CHECK(weight(splat(0.0f))[0] == 1.0f && weight(splat(-INFINITY))[0] == 0.0f, "exact at 0 and -inf");
+  CHECK(std::isnan(weight(splat(NAN))[0]) && std::isnan(tanh_vector(splat(NAN))[0]), "NaN stays");
+  CHECK(tanh_vector(splat(1e30f))[0] == 1.0f && tanh_vector(splat(-1e30f))[0] == -1.0f, "saturated");
+}
+
+void test_half_conversions() {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    const float x = edgerun::half_to_float(half);
+    const int exponent = half >> 10 & 31, mantissa = half & 1023;
+    float truth = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+    if (exponent == 31) truth = mantissa ? NAN : INFINITY;
+    if (half & 0x8000) truth = -truth;
+    CHECK(x == truth || (std::isnan(x) && std::isnan(truth)), "half %04x", bits);
+    if (!std::isnan(x)) CHECK(edgerun::float_to_half(x) == half, "half %04x back", bits);
+    float wide[9];
+    const uint16_t row[9] = {half, half, half, half, half, half, half, half, half};
+    kernels().widen(row, wide, 9);
+    CHECK((wide[0] == x && wide[8] == x) || std::isnan(x), "half %04x widened", bits);
+    if (exponent < 30) {  // between two neighbours: to the nearer, and ties to the even one
+      const float next = edgerun::half_to_float(static_cast<uint16_t>(half + 1)), middle = x + (next - x) / 2;
+      CHECK(edgerun::float_to_half(middle) == (mantissa & 1 ? half + 1 : half), "tie above %04x", bits);
+      CHECK(edgerun::float_to_half(std::nextafter(middle, next)) == half + 1, "above %04x", bits);
+    }
+  }
+  CHECK(edgerun::float_to_half(65519.0f) == 0x7bff && edgerun::float_to_half(65520.0f) == 0x7c00, "overflow");
+}
+
+void test_check_names_what_is_wrong() {
+  const auto refused = [](void (*change)(Params&)) {
+    Params params = sparse(64);
+    params.tokens = 1;
+    change(params);
+    float cell = 0;
+    uint8_t flag = 0;
+    return check(params, Tensors{&cell, &cell, &cell, &cell, &cell, &cell, &cell, &flag}) != nullptr;
+  };
+  CHECK(!refused([](Params&) {}), "a valid call");
+  CHECK(refused([](Params& p) { p.tokens = 0; }), "no tokens");
+  CHECK(refused([](Params& p) { p.input_pos = p.capacity_blocks * 16; }), "beyond the cache");
+  CHECK(refused([](Params& p) { p.input_pos = -1; }), "negative position");
+  CHECK(refused([](Params& p) { p.input_pos = std::numeric_limits<int64_t>::max(); }), "no overflow");
+  CHECK(refused([](Params& p) { p.query_heads = 3; }), "heads");
+  CHECK(refused([](Params& p) { p.budget = 155; }), "budget below 16 + 64 + 12 + 64");
+  CHECK(refused([](Params& p) { p.sink = 8; }), "sink");
+  CHECK(refused([](Params& p) { p.tile = 0; }), "tile");
+  CHECK(refused([](Params& p) { p.scale = INFINITY; }), "scale");
+  CHECK(refused([](Params& p) { p.pooling = static_cast<Pooling>(4); }), "pooling");
+  Params params = sparse(64);
+  CHECK(check(params, Tensors{}) != nullptr, "null tensors");
+}
+
+}  // namespace
+
+int main() {
+  test_exp2_and_tanh();
+  test_check_names_what_is_wrong();
+  for (int64_t i = 0; i < kernel_count(); ++i) {
+    use_kernels(kernel_at(i).name);
+    test_half_conversions();
+    test_outputs();
+    test_lists();
+    test_state_is_the_same_for_every_partition();
+    test_cuts_at_tiles_change_no_bit();
+    test_threads_change_no_bit();
+    test_budget_of_everything_is_dense_bit_for_bit();
+    test_grouped_heads_equal_repeated_heads();
+    test_nan_stays_where_it_is();
+    test_large_scores_do_not_overflow();
+    std::printf("%s: %d failures so far\n", kernels().name, failures);
+  }
+  return failures == 0 ? 0 : 1;
+}
