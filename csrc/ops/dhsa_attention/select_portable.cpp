@@ -111,7 +111,8 @@ struct Chunk {
 // Heap order: the chunk that is taken next is the largest. A NaN score is ranked last, so that the order stays an order.
 bool taken_later(const Chunk& a, const Chunk& b) { return a.score != b.score ? a.score < b.score : a.first > b.first; }
 
-// Scores the chunks of [0, blocks) that reach beyond the sink. `means`, `sums` and `scores` hold one float per pooled query.
+// Scores the chunks of [0, blocks) that reach beyond the sink, each by its micro-blocks from the sink on.
+// `means`, `sums` and `scores` hold one float per pooled query.
 int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer& scorer, int64_t pooled, int64_t blocks,
                      int64_t sink_blocks, float* scratch, Chunk* chunks) {
   float* scores = scratch;
@@ -129,7 +130,7 @@ int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer&
   for (int64_t first = 0; first < blocks;) {
     int64_t end = first + 1;
     while (end < blocks && tensors.boundaries[end] == 0) ++end;
-    const int64_t start = first;
+    const int64_t start = std::max(first, sink_blocks);
     first = end;
     if (end <= sink_blocks) continue;
     const float length = static_cast<float>(end - start);
@@ -149,8 +150,7 @@ int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer&
       }
       best = score > best ? score : best;
     }
-    const int64_t visible = std::max(start, sink_blocks);
-    chunks[count++] = Chunk{best, static_cast<uint16_t>(visible), static_cast<uint16_t>(end - visible)};
+    chunks[count++] = Chunk{best, static_cast<uint16_t>(start), static_cast<uint16_t>(end - start)};
   }
   return count;
 }
