@@ -32,7 +32,7 @@ def verify(bundle: Bundle, progress: Progress | None = None) -> dict[str, Any]:
         if failed:
             one = failed[0]
             raise ParityError(
-                f"the program is not the model: on golden case {name}, {one.name} is {one.value:.3g}, its limit is "
+                f"the program is not the model: on golden case {name}, {one.name} is {one.measured:.3g}, its limit is "
                 f"{one.limit:.3g}; nothing was published. Report it with the model's config.json"
             )
         parity[name] = {key: value for key, value in dataclasses.asdict(found).items() if key != "divergence"}
