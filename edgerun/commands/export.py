@@ -80,7 +80,9 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         ("size", f"{size / 2**20:.1f} MiB"),
         ("max context", f"{manifest['context']['max_context']:,} tokens"),
     )
-    emit(dataclasses.replace(report, facts=facts, tables=(plan_table(manifest["memory_plan"]),)), arguments)
+    plan_or_none = manifest.get("memory_plan")
+    tables = (plan_table(plan_or_none),) if plan_or_none else ()
+    emit(dataclasses.replace(report, facts=facts, tables=tables), arguments)
     return GOOD
 
 
