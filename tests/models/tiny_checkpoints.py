@@ -100,7 +100,7 @@ def tiny_config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     return getattr(transformers, class_name)(**{**_SHARED, **own, **changes})
 
 
-def tiny_model(config: transformers.PretrainedConfig, seed: int = 0) -> torch.nn.Module:
+def tiny_model(config: transformers.PretrainedConfig, seed: int = 0, weight_scale: float = 1.0) -> torch.nn.Module:
     """A random float32 model in eval mode with transformers' own eager attention."""
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +108,7 @@ def tiny_model(config: transformers.PretrainedConfig, seed: int = 0) -> torch.nn
         for parameter in dict.fromkeys(model.parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+                parameter.copy_(noise * 1.5 * weight_scale / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(0.2 * noise)
     return model.eval()
@@ -121,10 +121,11 @@ def save_tiny_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int | None = None,
+    weight_scale: float = 1.0,
     **changes: Any,
 ) -> pathlib.Path:
     """Write a checkpoint to `folder` and return it; small `max_shard_bytes` gives several safetensors and an index."""
-    model = tiny_model(tiny_config(family, **changes), seed).to(dtype)
+    model = tiny_model(tiny_config(family, **changes), seed, weight_scale).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder, **({"max_shard_size": max_shard_bytes} if max_shard_bytes else {}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
