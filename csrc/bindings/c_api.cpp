@@ -7,6 +7,7 @@
 #include <new>
 #include <string>
 
+#include "csrc/runtime/executorch_log.h"
 #include "csrc/runtime/process_memory.h"
 #include "csrc/runtime/text_session.h"
 #include "csrc/runtime/thread_pool.h"
@@ -106,6 +107,11 @@ Status generate(edgerun_text_session* session, const int64_t* ids, size_t count,
 int32_t edgerun_api_version(void) { return EDGERUN_API_VERSION; }
 
 const char* edgerun_version(void) { return EDGERUN_VERSION; }
+
+int64_t edgerun_threads(void) {
+  const edgerun::ExecutorchLog log;
+  return edgerun::pool_threads();
+}
 
 const char* edgerun_last_error(void) { return last_error.c_str(); }
 

@@ -98,6 +98,7 @@ typedef struct edgerun_generate_result {
 
 EDGERUN_API int32_t edgerun_api_version(void);
 EDGERUN_API const char* edgerun_version(void);
+EDGERUN_API int64_t edgerun_threads(void); /* of the process's pool */
 /* What went wrong in this thread's last call that did not return EDGERUN_OK: value, limit, next step, in one line. */
 EDGERUN_API const char* edgerun_last_error(void);
 

@@ -37,6 +37,7 @@ Runs a text bundle on this machine and prints a JSON report.
   --logits-out RAW      float32 rows [forced + 1, vocabulary] in this machine's byte order (with --force-file, or alone)
   --report F            write the report to F instead of the standard output
   --no-verify           do not compare the program's sha256 with the manifest's
+  --describe            print what this machine is, as JSON, and nothing else
   --version             print the version
 Exit status: 0 good, 2 bad usage or input, with one line on the standard error.
 )";
@@ -171,6 +172,13 @@ void write_stats(const edgerun_stats& stats, edgerun::json::Writer* json) {
   json->key("attended_pairs").value(stats.attended_pairs).key("causal_pairs").value(stats.causal_pairs);
 }
 
+int describe() {
+  edgerun::json::Writer json;
+  json.begin_object().key("version").value(edgerun_version());
+  write_device(edgerun_threads(), &json);
+  return std::printf("%s\n", json.end_object().text().c_str()) < 0 ? 2 : 0;
+}
+
 int32_t keep_token(int64_t token, void* tokens) {
   static_cast<std::vector<int64_t>*>(tokens)->push_back(token);
   return 0;
@@ -227,6 +235,7 @@ int main(int argc, char** argv) {
     const std::string_view argument = argv[i];
     if (argument == "--help" || argument == "-h") return std::fputs(kHelp, stdout) < 0 ? 2 : 0;
     if (argument == "--version") return std::printf("edgerun-runner %s\n", edgerun_version()) < 0 ? 2 : 0;
+    if (argument == "--describe") return describe();
   }
   Request request;
   return parse_arguments(argc, argv, &request) && run(std::move(request)) ? 0 : 2;
