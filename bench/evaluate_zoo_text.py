@@ -18,10 +18,10 @@ import pathlib
 import platform
 import subprocess
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -31,7 +31,8 @@ from edgerun.evaluation.statistics import wilson_interval
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EOS = 257
-PERPLEXITY_BYTES = 200_000
+# Held-out bytes scored: so many windows, spread evenly; shorter windows are parts of these.
+PERPLEXITY_WINDOWS, PERPLEXITY_WINDOW_BYTES = 12, 8192
 
 
 def make_sample(task: str, length: int, seed: int, index: int) -> Sample:
@@ -57,45 +58,54 @@ def answer(model: torch.nn.Module, tokenizer, sample: Sample) -> str:
 
 
 def run_cells(
-    model: torch.nn.Module, tokenizer, cells: list[tuple[str, int, int]], seed: int, raw: pathlib.Path
+    model: torch.nn.Module,
+    tokenizer,
+    cells: list[tuple[str, int, int]],
+    seed: int,
+    raw: pathlib.Path,
+    weights: str,
+    part: tuple[int, int],
 ) -> None:
-    """Answer every sample of the cells that `raw` does not hold yet."""
-    done = {(row["task"], row["length"], row["seed"], row["index"]) for row in read_rows(raw)}
+    """Answer every sample that `raw` does not hold yet; all cells grow together, so that a stop leaves all usable.
+
+    part: (i, n) answers only the indices that leave i when divided by n, so that n processes share one file.
+    """
+    done = {(row["task"], row["length"], row["index"]) for row in read_rows(raw, seed, weights)}
+    jobs = [(index // 20, task, length, index) for task, length, samples in cells for index in range(samples)]
+    jobs = [job for job in jobs if job[1:] not in done and job[3] % part[1] == part[0]]
     with raw.open("a") as out:
-        for task, length, samples in cells:
-            began, new = time.monotonic(), 0
-            for index in range(samples):
-                if (task, length, seed, index) in done:
-                    continue
-                sample = make_sample(task, length, seed, index)
-                output = answer(model, tokenizer, sample)
-                row = {
-                    "task": task,
-                    "length": length,
-                    "seed": seed,
-                    "index": index,
-                    "score": ruler.score(sample, output),
-                    "answers": sample.answers,
-                    "output": output,
-                }
-                out.write(json.dumps(row) + "\n")
-                out.flush()
-                new += 1
-            if new:
-                print(f"{task} {length}: {new} samples, {(time.monotonic() - began) / new:.2f} s each", flush=True)
+        for _, task, length, index in tqdm(sorted(jobs, key=lambda job: job[0])):
+            sample = make_sample(task, length, seed, index)
+            output = answer(model, tokenizer, sample)
+            row = {
+                "task": task,
+                "length": length,
+                "seed": seed,
+                "index": index,
+                "weights": weights,
+                "score": ruler.score(sample, output),
+                "answers": sample.answers,
+                "output": output,
+            }
+            out.write(json.dumps(row) + "\n")
+            out.flush()
 
 
-def read_rows(raw: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+def read_rows(raw: pathlib.Path, seed: int, weights: str) -> list[dict]:
+    """Rows of this seed and these weights (a SHA-256)."""
+    rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    return [row for row in rows if (row["seed"], row["weights"]) == (seed, weights)]
 
 
 @torch.inference_mode()
 def bits_per_byte(model: torch.nn.Module, length: int) -> dict[str, float]:
-    """Mean loss in bits over whole windows of `length` bytes of the held-out files, joined by line breaks."""
+    """Mean loss in bits on held-out text, read in windows of `length` bytes; every length scores the same bytes."""
     from train_zoo_text import BOS, read_split
 
-    text = b"\n".join(read_split(held_out=True))[:PERPLEXITY_BYTES]
-    windows = [text[i : i + length] for i in range(0, len(text) - length + 1, length)]
+    text = b"\n".join(read_split(held_out=True))
+    stride = (len(text) - PERPLEXITY_WINDOW_BYTES) // (PERPLEXITY_WINDOWS - 1)
+    starts = [n * stride + i for n in range(PERPLEXITY_WINDOWS) for i in range(0, PERPLEXITY_WINDOW_BYTES, length)]
+    windows = [text[i : i + length] for i in starts]
     total = 0.0
     for window in windows:
         ids = torch.tensor([[BOS, *window]])
@@ -106,11 +116,11 @@ def bits_per_byte(model: torch.nn.Module, length: int) -> dict[str, float]:
     return {"length": length, "bytes": count, "bits_per_byte": round(bits, 4), "perplexity_per_byte": round(2**bits, 4)}
 
 
-def table(rows: list[dict], cells: list[tuple[str, int, int]], seed: int) -> list[dict]:
+def table(rows: list[dict], cells: list[tuple[str, int, int]]) -> list[dict]:
     """One record a cell: n, samples with every answer found, Wilson's interval, RULER's mean score, the 0/1 array."""
     records = []
     for task, length, samples in cells:
-        scores = {r["index"]: r["score"] for r in rows if (r["task"], r["length"], r["seed"]) == (task, length, seed)}
+        scores = {r["index"]: r["score"] for r in rows if (r["task"], r["length"]) == (task, length)}
         whole = [int(scores[i] == 1.0) for i in range(samples) if i in scores]
         if not whole:
             continue
@@ -154,22 +164,28 @@ def main() -> None:
     parser.add_argument("--perplexity", type=int, nargs="*", default=[], help="window lengths in bytes")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="i/n: answer the indices that leave i when divided by n")
+    parser.add_argument("--report", action="store_true", help="answer nothing; report what the raw file holds")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa").eval()
     cells = parse_cells(args.cells)
-    run_cells(model, tokenizer, cells, args.seed, args.raw)
+    weights = hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest()
+    if not args.report:
+        part, parts = (int(number) for number in args.part.split("/"))
+        run_cells(model, tokenizer, cells, args.seed, args.raw, weights, (part, parts))
     perplexity = [bits_per_byte(model, length) for length in args.perplexity]
     for row in perplexity:
         print(row)
-    records = table(read_rows(args.raw), cells, args.seed)
+    records = table(read_rows(args.raw, args.seed, weights), cells)
     if args.result:
         args.result.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "model": "edgerun/zoo/text",
-            "weights_sha256": hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest(),
-            "command": "python " + " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "weights_sha256": weights,
+            "command": "python bench/evaluate_zoo_text.py "
+            + " ".join(sys.argv[1:]).replace(str(args.raw), args.raw.name),
             "commit": subprocess.run(
                 ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
             ).stdout.strip(),
