@@ -25,7 +25,7 @@ class DhsaOptions:
     dense_layers: int = 0  # first layers that stay dense
     chunking: Literal["fixed", "cosine"] = "cosine"
     boundary_threshold: float = 0.25
-    pooling: Literal["mean", "sqrt", "centred", "minmax"] = "mean"
+    pooling: Literal["mean", "sqrt", "centred", "minmax", "moments"] = "moments"
     query_pooling: Literal["mean", "max"] = "max"
     selector: Literal["chunk", "block-topk", "window-sink"] = "chunk"  # block-topk: fixed chunking, mean pooling
 

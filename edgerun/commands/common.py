@@ -178,7 +178,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--boundary-threshold", type=float, default=dhsa.boundary_threshold, metavar="X", help="default: %(default)s"
     )
     sparse.add_argument(
-        "--pooling", choices=("mean", "sqrt", "centred", "minmax"), default=dhsa.pooling, help="default: %(default)s"
+        "--pooling", choices=("mean", "sqrt", "centred", "minmax", "moments"), default=dhsa.pooling, help="default: %(default)s"
     )
     sparse.add_argument(
         "--query-pooling", choices=("mean", "max"), default=dhsa.query_pooling, help="default: %(default)s"

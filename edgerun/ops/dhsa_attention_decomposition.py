@@ -71,8 +71,13 @@ def _between(x: torch.Tensor, low: torch.Tensor | int, high: torch.Tensor | int)
 
 
 def _floor_divide(x: torch.Tensor, divisor: int) -> torch.Tensor:
-    """x // divisor of integers that are not negative."""
-    return torch.div(x, divisor, rounding_mode="floor")
+    """x // divisor of integers that are not negative. The casts are for Core ML, where the quotient would be a float."""
+    return torch.div(x.to(torch.int64), divisor, rounding_mode="floor").to(torch.int32)
+
+
+def _clamp(x: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """low <= x <= high of integers: both sides are needed, since Core ML makes a float of a one-sided clamp."""
+    return torch.clamp(x, low, high)
 
 
 def _append(
@@ -87,7 +92,7 @@ def _append(
     tokens = key.shape[2]
     position = torch.arange(blocks * MICRO_BLOCK)
     fresh = _between(position, input_pos, input_pos + tokens)
-    row = torch.clamp(position - input_pos, 0, tokens - 1)
+    row = _clamp(position - input_pos, 0, tokens - 1)
     new_key, new_value = (
         torch.index_select(x[0], 1, row).reshape(kv_heads, blocks, MICRO_BLOCK, head_dim).to(key_cache.dtype)
         for x in (key, value)
@@ -109,11 +114,11 @@ def _find_boundaries(
     cut = index % _BLOCKS_PER_SPAN == 0
     if options.chunking == Chunking.COSINE:
         # The first edge not decided before the call, 1 at least, and how many a call of S tokens can decide.
-        first = torch.clamp(_floor_divide(input_pos + MICRO_BLOCK - BOUNDARY_REACH, MICRO_BLOCK), min=1)
+        first = _clamp(_floor_divide(input_pos + MICRO_BLOCK - BOUNDARY_REACH, MICRO_BLOCK), 1, blocks)
         count = (tokens + MICRO_BLOCK - 1) // MICRO_BLOCK
-        edges = torch.clamp(first + torch.arange(count), max=blocks - 1)
+        edges = _clamp(first + torch.arange(count), 0, blocks - 1)
         change = _gap_maxima(key_cache, edges) > options.boundary_threshold  # [count]
-        place = torch.clamp(index - first, 0, count - 1)
+        place = _clamp(index - first, 0, count - 1)
         cut = torch.logical_or(cut, torch.index_select(change.to(torch.int32), 0, place) > 0)
     fresh = torch.logical_and(decidable, cut).to(boundaries.dtype)
     flags = torch.where(decided, boundaries, fresh)
@@ -145,14 +150,19 @@ def _summarize(
     blocks = key_cache.shape[1]
     first = _floor_divide(input_pos, MICRO_BLOCK)
     count = (tokens + MICRO_BLOCK - 2) // MICRO_BLOCK + 1
-    touched = torch.index_select(key_cache, 1, torch.clamp(first + torch.arange(count), max=blocks - 1))
+    touched = torch.index_select(key_cache, 1, _clamp(first + torch.arange(count), 0, blocks - 1))
     touched = touched.to(_arithmetic(touched.dtype))  # [Hkv, count, D, 16]
     if options.pooling == Pooling.MINMAX:
         pooled = torch.stack([touched.amin(dim=3), touched.amax(dim=3)], dim=2)
+    elif options.pooling == Pooling.MOMENTS:
+        mean = touched.mean(dim=3, keepdim=True)
+        variance = ((touched - mean) * (touched - mean)).mean(dim=3)
+        variance = torch.clamp(variance, max=torch.finfo(summaries.dtype).max)
+        pooled = torch.stack([mean.squeeze(3), variance], dim=2)
     else:
         pooled = touched.mean(dim=3).unsqueeze(2)
     index = torch.arange(blocks)
-    new = torch.index_select(pooled.to(summaries.dtype), 1, torch.clamp(index - first, 0, count - 1))
+    new = torch.index_select(pooled.to(summaries.dtype), 1, _clamp(index - first, 0, count - 1))
     return torch.where(_between(index, first, first + count).reshape(1, blocks, 1, 1), new, summaries)
 
 
@@ -190,7 +200,7 @@ def _attend(
     group = query_heads // kv_heads
     groups = _Groups.of_call(input_pos, tokens, options.tile)
     count, width = groups.position.shape
-    row = torch.clamp(groups.position - input_pos, 0, tokens - 1)
+    row = _clamp(groups.position - input_pos, 0, tokens - 1)
     rows = torch.index_select(query[0], 1, row.reshape(-1)).to(_arithmetic(query.dtype))
     rows = rows.reshape(kv_heads, group, count, width, head_dim)
 
@@ -248,7 +258,7 @@ def _listed_blocks(
     index = torch.arange(blocks).unsqueeze(0)  # [1, M]
     before_end = index * MICRO_BLOCK < groups.end.unsqueeze(1)  # [G, M]
     if options.window > 0:
-        first_token = torch.clamp(groups.start - options.window + 1, min=0)
+        first_token = _clamp(groups.start - options.window + 1, 0, blocks * MICRO_BLOCK)
         inside = (index + 1) * MICRO_BLOCK > first_token.unsqueeze(1)
         listed = torch.logical_and(before_end, inside).unsqueeze(0).expand(kv_heads, -1, -1)
         return listed, min(blocks, (options.window + options.tile - 3) // MICRO_BLOCK + 2)
@@ -261,7 +271,7 @@ def _listed_blocks(
     local = cuts.amax(dim=1)  # [G], L / 16
     sink = options.sink // MICRO_BLOCK
     forced_tokens = options.sink + groups.end - local * MICRO_BLOCK
-    room = _floor_divide(torch.clamp(options.budget - forced_tokens, min=0), MICRO_BLOCK)  # [G]
+    room = _floor_divide(_clamp(options.budget - forced_tokens, 0, options.budget), MICRO_BLOCK)  # [G]
     candidate = torch.logical_and(index >= sink, index < local.unsqueeze(1))  # [G, M]
     if options.selector == Selector.RECENT:
         scores = index.to(rows.dtype).unsqueeze(0).expand(kv_heads, local.shape[0], -1)
@@ -307,9 +317,18 @@ def _block_scores(
     if options.pooling == Pooling.MINMAX:  # sum_d max(q low, q high) = q+ . high - q- . low
         low, high = summaries[:, :, 0].transpose(1, 2), summaries[:, :, 1].transpose(1, 2)
         products = torch.matmul(torch.relu(vector_rows), high) - torch.matmul(torch.relu(-vector_rows), low)
+    elif options.pooling == Pooling.MOMENTS:
+        mean, variance = summaries[:, :, 0].transpose(1, 2), summaries[:, :, 1].transpose(1, 2)
+        scaled = vector_rows * options.scale
+        products = torch.matmul(scaled, mean) + torch.matmul(scaled * scaled * 0.5, variance)
     else:
         products = torch.matmul(vector_rows, summaries[:, :, 0].transpose(1, 2))
     products = products.reshape(kv_heads, count, vectors, blocks)
+    in_past = (torch.arange(blocks).unsqueeze(0) < local.unsqueeze(1)).reshape(1, count, 1, blocks)
+    if options.pooling == Pooling.MOMENTS:
+        past = torch.where(in_past, products, torch.full_like(products, _NEVER))
+        highest = past.amax(dim=3, keepdim=True)
+        products = products - highest - torch.log(torch.exp(past - highest).sum(dim=3, keepdim=True))
 
     same, size = _same_chunk(flags, sink)  # [spans, 4, 4], [spans, 4]
     spans = same.shape[0]
@@ -317,19 +336,23 @@ def _block_scores(
     by_span = by_span.reshape(kv_heads, count, vectors, spans, _BLOCKS_PER_SPAN)
     terms = [by_span[..., i : i + 1] for i in range(_BLOCKS_PER_SPAN)]
     members = [same[:, :, i] for i in range(_BLOCKS_PER_SPAN)]
-    if options.pooling == Pooling.MINMAX:
+    if options.pooling in (Pooling.MINMAX, Pooling.MOMENTS):
         scores = torch.full_like(by_span, _NEVER)
         for term, member in zip(terms, members, strict=True):
             scores = torch.maximum(scores, torch.where(member, term, torch.full_like(by_span, _NEVER)))
+        if options.pooling == Pooling.MOMENTS:
+            total = torch.zeros_like(by_span)
+            for term, member in zip(terms, members, strict=True):
+                total = total + torch.where(member, torch.exp(torch.clamp(term - scores, max=0.0)), torch.zeros_like(total))
+            scores = scores + torch.log(torch.clamp(total, min=1e-30) / size.to(scores.dtype))
     else:
         scores = torch.zeros_like(by_span)
         for term, member in zip(terms, members, strict=True):
             scores = scores + torch.where(member, term, torch.zeros_like(by_span))
         scores = scores / size.to(scores.dtype)
         if options.pooling == Pooling.CENTRED:
-            in_past = torch.arange(blocks).unsqueeze(0) < local.unsqueeze(1)  # [G, M]
-            past = torch.where(in_past.reshape(1, count, 1, blocks), products, torch.zeros_like(products))
-            past_size = torch.clamp(local, min=1).to(scores.dtype).reshape(1, count, 1)
+            past = torch.where(in_past, products, torch.zeros_like(products))
+            past_size = _clamp(local, 1, blocks).to(scores.dtype).reshape(1, count, 1)
             scores = scores - (past.sum(dim=3) / past_size).reshape(kv_heads, count, vectors, 1, 1)
         if options.pooling in (Pooling.SQRT, Pooling.CENTRED):
             scores = torch.sqrt(size.to(scores.dtype) * MICRO_BLOCK) * scores
@@ -348,7 +371,7 @@ def _same_chunk(flags: torch.Tensor, sink: int) -> tuple[torch.Tensor, torch.Ten
     chunk = torch.cumsum(starts, dim=1)
     index = torch.arange(spans * _BLOCKS_PER_SPAN).reshape(spans, 1, _BLOCKS_PER_SPAN)
     same = torch.logical_and(chunk.unsqueeze(2) == chunk.unsqueeze(1), index >= sink)
-    return same, torch.clamp(same.to(torch.int32).sum(dim=2), min=1)
+    return same, _clamp(same.to(torch.int32).sum(dim=2), 1, _BLOCKS_PER_SPAN)
 
 
 def _pooled_queries(

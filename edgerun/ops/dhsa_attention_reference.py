@@ -132,7 +132,14 @@ def summarize(state: AttentionState, input_pos: int, stored: int, options: Atten
         total = keys[..., 0]
         for token in range(1, MICRO_BLOCK):
             total = total + keys[..., token]
-        summaries = (total / MICRO_BLOCK).unsqueeze(2)
+        mean = total / MICRO_BLOCK
+        summaries = mean.unsqueeze(2)
+        if options.pooling == Pooling.MOMENTS:
+            squares = (keys[..., 0] - mean) ** 2
+            for token in range(1, MICRO_BLOCK):
+                squares = squares + (keys[..., token] - mean) ** 2
+            largest = torch.finfo(state.summaries.dtype).max
+            summaries = torch.stack([mean, (squares / MICRO_BLOCK).clamp(max=largest)], dim=2)
     state.summaries[:, first:last] = summaries.to(state.summaries.dtype)
 
 
@@ -211,6 +218,14 @@ def _block_scores(
         bounds = torch.maximum(pooled[:, None] * low, pooled[:, None] * high).sum(dim=2)[:, sink:]  # [Q, candidates]
         scores = bounds.new_full((len(pooled), chunks), -math.inf)
         scores = scores.scatter_reduce(1, chunk.expand_as(bounds), bounds, "amax")
+    elif options.pooling == Pooling.MOMENTS:
+        mean, variance = summaries.unbind(1)
+        scaled = options.scale * pooled
+        mass = scaled @ mean.T + 0.5 * (scaled * scaled) @ variance.T  # [Q, local]: log mean exp(scale q . k), estimated
+        share = (mass - mass.logsumexp(dim=1, keepdim=True))[:, sink:]  # [Q, candidates]
+        in_chunk = chunk == torch.arange(chunks)[:, None]  # [chunks, candidates]
+        members = share[:, None].masked_fill(~in_chunk, -math.inf)
+        scores = members.logsumexp(dim=2) - in_chunk.sum(dim=1).log()
     else:
         products = pooled @ summaries[:, 0].T  # [Q, local]
         sums = products.new_zeros(len(pooled), chunks).index_add(1, chunk, products[:, sink:])

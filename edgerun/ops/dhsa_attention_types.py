@@ -34,6 +34,7 @@ class Pooling(enum.IntEnum):
     SQRT = 1
     CENTRED = 2
     MINMAX = 3
+    MOMENTS = 4
 
 
 class QueryPooling(enum.IntEnum):
@@ -133,8 +134,8 @@ class AttentionOptions:
 
     @property
     def summary_vectors(self) -> int:
-        """Vectors per micro-block: 2 (minimum, maximum) with min-max pooling, else 1."""
-        return 2 if self.pooling == Pooling.MINMAX else 1
+        """Vectors per micro-block: 2 with min-max (minimum, maximum) and moments (mean, variance) pooling, else 1."""
+        return 2 if self.pooling in (Pooling.MINMAX, Pooling.MOMENTS) else 1
 
     def arguments(self) -> tuple[float, float, int, int, int, int, int, int, float, bool, int, int, int]:
         """The values as the op's schema orders them, enums as plain integers."""

@@ -217,7 +217,7 @@ struct Layer {
   std::vector<char> state(int64_t tokens) const {
     std::vector<char> result(boundaries.begin(), boundaries.end());
     const int64_t cell = params.head_dim * static_cast<int64_t>(bytes());
-    const int64_t vectors = params.pooling == Pooling::kMinMax ? 2 : 1;
+    const int64_t vectors = edgerun::dhsa::summary_vectors(params.pooling);
     for (int64_t head = 0; head < params.kv_heads; ++head) {
       const auto add = [&](const std::vector<char>& data, int64_t rows, int64_t blocks) {
         const auto begin = data.begin() + head * params.capacity_blocks * rows * cell;
@@ -324,7 +324,7 @@ void test_lists() {
 
 void test_state_is_the_same_for_every_partition() {
   for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf}) {
-    for (const Pooling pooling : {Pooling::kMean, Pooling::kMinMax}) {
+    for (const Pooling pooling : {Pooling::kMean, Pooling::kMinMax, Pooling::kMoments}) {
       Params params = sparse(64);
       params.dtype = dtype;
       params.pooling = pooling;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -411,6 +412,14 @@ def written_out_list(case: Case, head: int, start: int, end: int) -> list[int]:
         if o.pooling == Pooling.MINMAX:
             blocks = [keys[head, b : b + 16] for b in range(first, last, 16)]
             return max(float(torch.maximum(query * b.amin(0), query * b.amax(0)).sum()) for b in blocks)
+        if o.pooling == Pooling.MOMENTS:
+            mass = []  # of each micro-block: mean exp(logit) if its logits are normal
+            for b in range(0, local, 16):
+                block, scaled = keys[head, b : b + 16], o.scale * query
+                spread = float(scaled**2 @ block.var(0, unbiased=False))
+                mass.append(math.exp(float(scaled @ block.mean(0)) + spread / 2))
+            chunk = mass[first // 16 : last // 16]
+            return math.log(sum(chunk) / len(chunk) / sum(mass))
         mean = sum(own) / len(own)
         if o.pooling == Pooling.CENTRED:
             mean -= sum(products) / len(products)

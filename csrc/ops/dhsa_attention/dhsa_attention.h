@@ -21,8 +21,8 @@
 //   the edges that became decidable. Flags not decided are 0.
 //
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the keys as the cache holds
-//   them: the mean of 16 keys in float (one vector), or with kMinMax pooling the elementwise minimum then maximum
-//   (two vectors). Stored in the cache's dtype. Summaries of incomplete micro-blocks are not defined.
+//   them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise minimum then maximum, with
+//   kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the cache's dtype. Summaries of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
@@ -43,9 +43,12 @@
 //   kMean:    sum_b t(b) / |c|                     kSqrt:    16-token units: sqrt(16 |c|) * sum_b t(b) / |c|
 //   kCentred: sqrt(16 |c|) * (sum_b t(b) / |c| - mean of t over all micro-blocks of [0, L))
 //   kMinMax:  max_b sum_d max(q_d * minimum[b][d], q_d * maximum[b][d])
+//   kMoments: an estimate of the attention that the chunk's tokens get. The logits scale * q . k of a micro-block are taken
+//             as normal, so log mean exp(scale * q . k) ~ t(b) = scale * q . mean[b] + 1/2 scale^2 sum_d q_d^2 variance[b][d];
+//             score = log(sum_{b in c} exp t(b) / |c|) - log(sum_{b in [0, L)} exp t(b)).  Softcap is not considered.
 //   Q: kQueryMean: one vector, the mean of the group's rows and of the KV head's query heads.
 //      kQueryMax:  for each query head of the KV head and each 16-row segment (absolute 16-grid) of the group, the mean of its rows.
-//   No 1/sqrt(D): it does not change the order.
+//   No scale but in kMoments: it does not change the order of the others.
 //
 // Laws (tests/ops/test_dhsa_attention.py): after n tokens cache, summaries and boundaries are bit-identical for every partition
 //   of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs; nothing depends on threads;
@@ -67,9 +70,14 @@ inline constexpr int64_t kBoundaryReach = kBoundarySpan + kBoundaryWindow;
 
 enum class Dtype : int { kFloat = 0, kHalf = 1 };
 enum class Chunking : int { kFixed = 0, kCosine = 1 };
-enum class Pooling : int { kMean = 0, kSqrt = 1, kCentred = 2, kMinMax = 3 };
+enum class Pooling : int { kMean = 0, kSqrt = 1, kCentred = 2, kMinMax = 3, kMoments = 4 };
 enum class QueryPooling : int { kQueryMean = 0, kQueryMax = 1 };
 enum class Selector : int { kChunk = 0, kRecent = 1 };
+
+// P: vectors that summarise a micro-block.
+inline constexpr int64_t summary_vectors(Pooling pooling) {
+  return pooling == Pooling::kMinMax || pooling == Pooling::kMoments ? 2 : 1;
+}
 
 struct Params {
   int64_t tokens = 0;           // S
@@ -102,7 +110,7 @@ struct Tensors {
   void* out = nullptr;
   void* key_cache = nullptr;      // [Hkv, M, D, 16]: a micro-block is stored transposed
   void* value_cache = nullptr;    // [Hkv, M, 16, D]
-  void* summaries = nullptr;      // [Hkv, M, P, D], P = 1, or 2 with kMinMax; may be null when budget == 0 or kRecent
+  void* summaries = nullptr;      // [Hkv, M, P, D], P = summary_vectors(pooling); may be null when budget == 0 or kRecent
   uint8_t* boundaries = nullptr;  // [M + 1]; may be null when budget == 0
 };
 

@@ -54,7 +54,7 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
       !has_sizes(value_cache, {heads, blocks, kMicroBlock, depth})) {
     return "the caches must be [kv heads, micro-blocks, head_dim, 16] and [kv heads, micro-blocks, 16, head_dim]";
   }
-  const int64_t vectors = pooling == Pooling::kMinMax ? 2 : 1;
+  const int64_t vectors = summary_vectors(pooling);
   if (summaries.numel() > 0 && !has_sizes(summaries, {heads, blocks, vectors, depth})) {
     return "summaries must be [kv heads, micro-blocks, 1 or (min-max) 2, head_dim], or empty";
   }

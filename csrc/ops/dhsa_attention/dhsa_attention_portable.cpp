@@ -153,7 +153,7 @@ const char* check(const Params& params, const Tensors& tensors) {
   }
   if (std::isnan(params.boundary_threshold)) return "boundary_threshold is not a number";
   const auto among = [](auto value, int count) { return static_cast<int>(value) >= 0 && static_cast<int>(value) < count; };
-  if (!among(params.chunking, 2) || !among(params.pooling, 4) || !among(params.query_pooling, 2) ||
+  if (!among(params.chunking, 2) || !among(params.pooling, 5) || !among(params.query_pooling, 2) ||
       !among(params.selector, 2)) {
     return "chunking, pooling, query_pooling or selector is none of its values";
   }

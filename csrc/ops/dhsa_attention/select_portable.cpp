@@ -42,6 +42,25 @@ void divide(float* sum, int64_t depth, int64_t count) {
   for (int64_t d = 0; d < depth; ++d) sum[d] /= static_cast<float>(count);
 }
 
+// Floats of a pooled query: as it meets a summary's vectors one after the other, or once when they are two bounds.
+int64_t pooled_width(const Params& params) {
+  return params.pooling == Pooling::kMoments ? 2 * params.head_dim : params.head_dim;
+}
+
+// q -> [scale q, 1/2 scale^2 q^2]: its product with [mean, variance] is t(b). Rows move from the last to the first, in place.
+void expand_for_moments(const Params& params, int64_t count, float* pooled) {
+  const int64_t depth = params.head_dim;
+  for (int64_t q = count - 1; q >= 0; --q) {
+    const float* source = pooled + q * depth;
+    float* target = pooled + q * 2 * depth;
+    for (int64_t d = depth - 1; d >= 0; --d) {
+      const float x = params.scale * source[d];
+      target[depth + d] = 0.5f * x * x;
+    }
+    for (int64_t d = depth - 1; d >= 0; --d) target[d] = params.scale * source[d];
+  }
+}
+
 // Pools the group's queries into [count, D]; returns count.
 int64_t pool_queries(const Params& params, const Tensors& tensors, int64_t head, const Group& group, float* pooled) {
   const int64_t depth = params.head_dim;
@@ -72,21 +91,21 @@ class Scorer {
  public:
   Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t count, float* scratch)
       : params_(params), kernels_(kernels()), queries_(queries), count_(count), widened_(scratch) {
-    vectors_ = params.pooling == Pooling::kMinMax ? 2 : 1;
-    const int64_t offset = head * params.capacity_blocks * vectors_ * params.head_dim;
+    const int64_t offset = head * params.capacity_blocks * summary_vectors(params.pooling) * params.head_dim;
     summaries_ = static_cast<const char*>(tensors.summaries) + offset * element_bytes();
   }
 
   // scores[q] of one micro-block.
   void operator()(int64_t block, float* scores) const {
-    const int64_t elements = vectors_ * params_.head_dim;
+    const int64_t elements = summary_vectors(params_.pooling) * params_.head_dim;
     const char* summary = summaries_ + block * elements * element_bytes();
     const float* low = reinterpret_cast<const float*>(summary);
     if (params_.dtype == Dtype::kHalf) {
       kernels_.widen(reinterpret_cast<const uint16_t*>(summary), widened_, elements);
       low = widened_;
     }
-    kernels_.score(queries_, count_, low, vectors_ == 2 ? low + params_.head_dim : nullptr, params_.head_dim, scores);
+    const float* high = params_.pooling == Pooling::kMinMax ? low + params_.head_dim : nullptr;
+    kernels_.score(queries_, count_, low, high, pooled_width(params_), scores);
   }
 
  private:
@@ -98,7 +117,6 @@ class Scorer {
   int64_t count_;
   float* widened_;
   const char* summaries_;
-  int64_t vectors_;
 };
 
 // A run of candidate micro-blocks that share a score.
@@ -111,21 +129,40 @@ struct Chunk {
 // Heap order: the chunk that is taken next is the largest. A NaN score is ranked last, so that the order stays an order.
 bool taken_later(const Chunk& a, const Chunk& b) { return a.score != b.score ? a.score < b.score : a.first > b.first; }
 
+// log(exp(a) + exp(b)) without overflow.
+float log_add(float a, float b) {
+  const float high = std::max(a, b);
+  return high == -INFINITY ? high : high + std::log1p(std::exp(std::min(a, b) - high));
+}
+
+// A micro-block's score joins its chunk's.
+float combine(Pooling pooling, float a, float b) {
+  if (pooling == Pooling::kMinMax) return std::max(a, b);
+  return pooling == Pooling::kMoments ? log_add(a, b) : a + b;
+}
+
+// What every score of a pooled query is measured from: the mean score over [0, blocks), or the logarithm of the sum of its
+// exponentials; 0 where scores stand alone.
+void score_origins(const Params& params, const Scorer& scorer, int64_t pooled, int64_t blocks, float* scores,
+                   float* origins) {
+  const bool moments = params.pooling == Pooling::kMoments;
+  std::fill_n(origins, pooled, moments ? -INFINITY : 0.0f);
+  if (!moments && params.pooling != Pooling::kCentred) return;
+  for (int64_t block = 0; block < blocks; ++block) {
+    scorer(block, scores);
+    for (int64_t q = 0; q < pooled; ++q) origins[q] = combine(params.pooling, origins[q], scores[q]);
+  }
+  for (int64_t q = 0; !moments && q < pooled; ++q) origins[q] /= static_cast<float>(blocks);
+}
+
 // Scores the chunks of [0, blocks) that reach beyond the sink, each by its micro-blocks from the sink on.
-// `means`, `sums` and `scores` hold one float per pooled query.
+// Scratch: three floats per pooled query.
 int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer& scorer, int64_t pooled, int64_t blocks,
                      int64_t sink_blocks, float* scratch, Chunk* chunks) {
   float* scores = scratch;
   float* sums = scratch + pooled;
-  float* means = scratch + 2 * pooled;
-  std::fill_n(means, pooled, 0.0f);
-  if (params.pooling == Pooling::kCentred) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      scorer(block, scores);
-      for (int64_t q = 0; q < pooled; ++q) means[q] += scores[q];
-    }
-    for (int64_t q = 0; q < pooled; ++q) means[q] /= static_cast<float>(blocks);
-  }
+  float* origins = scratch + 2 * pooled;
+  score_origins(params, scorer, pooled, blocks, scores, origins);
   int64_t count = 0;
   for (int64_t first = 0; first < blocks;) {
     int64_t end = first + 1;
@@ -138,13 +175,17 @@ int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer&
       scorer(block, block == start ? sums : scores);
       if (block == start) continue;
       for (int64_t q = 0; q < pooled; ++q) {
-        sums[q] = params.pooling == Pooling::kMinMax ? std::max(sums[q], scores[q]) : sums[q] + scores[q];
+        sums[q] = combine(params.pooling, sums[q], scores[q]);
       }
     }
     float best = -INFINITY;
     for (int64_t q = 0; q < pooled; ++q) {
       float score = sums[q];
-      if (params.pooling != Pooling::kMinMax) score = score / length - means[q];
+      if (params.pooling == Pooling::kMoments) {
+        score -= std::log(length) + origins[q];
+      } else if (params.pooling != Pooling::kMinMax) {
+        score = score / length - origins[q];
+      }
       if (params.pooling == Pooling::kSqrt || params.pooling == Pooling::kCentred) {
         score *= std::sqrt(static_cast<float>(kMicroBlock) * length);
       }
@@ -178,7 +219,7 @@ int64_t select_scratch_floats(const Params& params) {
   if (params.budget == 0 || params.window > 0 || params.selector != Selector::kChunk) return 0;
   const int64_t pooled = most_pooled(params);
   const int64_t chunk_floats = static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
-  return pooled * (params.head_dim + 3) + 2 * params.head_dim + chunk_floats * params.capacity_blocks;
+  return pooled * (pooled_width(params) + 3) + 2 * params.head_dim + chunk_floats * params.capacity_blocks;
 }
 
 int32_t select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
@@ -200,8 +241,9 @@ int32_t select_group(const Params& params, const Tensors& tensors, int64_t head,
 
   Chunk* chunks = reinterpret_cast<Chunk*>(scratch);
   float* pooled_queries = scratch + params.capacity_blocks * static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
-  float* widened = pooled_queries + most_pooled(params) * params.head_dim;
+  float* widened = pooled_queries + most_pooled(params) * pooled_width(params);
   const int64_t pooled = pool_queries(params, tensors, head, group, pooled_queries);
+  if (params.pooling == Pooling::kMoments) expand_for_moments(params, pooled, pooled_queries);
   const Scorer scorer(params, tensors, head, pooled_queries, pooled, widened);
   const int64_t chunk_count =
       score_chunks(params, tensors, scorer, pooled, local, sink, widened + 2 * params.head_dim, chunks);

@@ -81,10 +81,12 @@ double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge
   return best;
 }
 
+constexpr float kLargestHalf = 65504.0f;
+
 template <typename Element>
 void summarize_head_of(const Params& params, const Tensors& tensors, int64_t head) {
   const int64_t depth = params.head_dim;
-  const int64_t vectors = params.pooling == Pooling::kMinMax ? 2 : 1;
+  const int64_t vectors = summary_vectors(params.pooling);
   const int64_t end = (params.input_pos + params.tokens) / kMicroBlock;
   for (int64_t block = params.input_pos / kMicroBlock; block < end; ++block) {
     const int64_t index = head * params.capacity_blocks + block;
@@ -104,7 +106,17 @@ void summarize_head_of(const Params& params, const Tensors& tensors, int64_t hea
       } else {
         float sum = 0.0f;
         for (int64_t i = 0; i < kMicroBlock; ++i) sum += to_float(keys[i]);
-        from_float(sum * (1.0f / kMicroBlock), summary + d);
+        const float mean = sum * (1.0f / kMicroBlock);
+        from_float(mean, summary + d);
+        if (params.pooling == Pooling::kMoments) {
+          float squares = 0.0f;
+          for (int64_t i = 0; i < kMicroBlock; ++i) {
+            const float deviation = to_float(keys[i]) - mean;
+            squares += deviation * deviation;
+          }
+          const float variance = squares * (1.0f / kMicroBlock);
+          from_float(params.dtype == Dtype::kHalf ? std::min(variance, kLargestHalf) : variance, summary + depth + d);
+        }
       }
     }
   }
