@@ -120,9 +120,8 @@ def _find_boundaries(
         change = _gap_maxima(key_cache, edges) > options.boundary_threshold  # [count]
         place = _clamp(index - first, 0, count - 1)
         cut = torch.logical_or(cut, torch.index_select(change.to(torch.int32), 0, place) > 0)
-    fresh = torch.logical_and(decidable, cut).to(boundaries.dtype)
-    flags = torch.where(decided, boundaries, fresh)
-    return torch.where(index == 0, torch.ones_like(flags), flags)
+    flags = torch.where(decided, boundaries > 0, torch.logical_and(decidable, cut))
+    return torch.logical_or(flags, index == 0).to(boundaries.dtype)
 
 
 def _gap_maxima(key_cache: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
@@ -177,7 +176,7 @@ class _Groups:
 
     @staticmethod
     def of_call(input_pos: torch.Tensor, tokens: int, tile: int) -> _Groups:
-        width = min(tile, tokens)
+        width = torch.sym_min(tile, tokens)
         count = (tokens + tile - 2) // tile + 1
         tile_start = (_floor_divide(input_pos, tile) + torch.arange(count)) * tile
         start = torch.maximum(tile_start, input_pos.expand(count))
@@ -343,7 +342,9 @@ def _block_scores(
         if options.pooling == Pooling.MOMENTS:
             total = torch.zeros_like(by_span)
             for term, member in zip(terms, members, strict=True):
-                total = total + torch.where(member, torch.exp(torch.clamp(term - scores, max=0.0)), torch.zeros_like(total))
+                total = total + torch.where(
+                    member, torch.exp(torch.clamp(term - scores, max=0.0)), torch.zeros_like(total)
+                )
             scores = scores + torch.log(torch.clamp(total, min=1e-30) / size.to(scores.dtype))
     else:
         scores = torch.zeros_like(by_span)

@@ -221,7 +221,7 @@ def _block_scores(
     elif options.pooling == Pooling.MOMENTS:
         mean, variance = summaries.unbind(1)
         scaled = options.scale * pooled
-        mass = scaled @ mean.T + 0.5 * (scaled * scaled) @ variance.T  # [Q, local]: log mean exp(scale q . k), estimated
+        mass = scaled @ mean.T + 0.5 * (scaled * scaled) @ variance.T  # [Q, local], about log mean exp(scale q . k)
         share = (mass - mass.logsumexp(dim=1, keepdim=True))[:, sink:]  # [Q, candidates]
         in_chunk = chunk == torch.arange(chunks)[:, None]  # [chunks, candidates]
         members = share[:, None].masked_fill(~in_chunk, -math.inf)
