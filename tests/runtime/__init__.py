@@ -1,0 +1,1 @@
+"""The parts of csrc/base and csrc/runtime that need no program."""
