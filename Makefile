@@ -49,6 +49,10 @@ packages: $(STAMPS)/packages  ## what the emulated device needs from Debian
 $(STAMPS)/packages: $(STAMPS)/python
 	@sh .ci/debian_packages.sh $@ $(DEBIAN_PACKAGES)
 
+arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, where a cross compiler is
+	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \
+	  else echo "note: no aarch64-linux-gnu-g++ here, so the arm64 build is left out (make packages)"; fi
+
 demo: set-up arm64  ## export the shipped model dense and sparse, answer a long prompt on two devices, write demo_output/
 	$(BIN)/edgerun demo --output demo_output
 

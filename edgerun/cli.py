@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
+import warnings
 from typing import Any, NoReturn, cast
 
 from edgerun import __version__
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _build_parser()
     arguments = parser.parse_args(argv)
+    if not arguments.debug:
+        _quiet_libraries()
     try:
         status: int = arguments.verb.run(arguments, Tools(_load_exporter, quoted(argv)))
         sys.stdout.flush()
@@ -82,6 +86,13 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show where an error came from")
         sub.set_defaults(verb=verb)
     return parser
+
+
+def _quiet_libraries() -> None:
+    """Keep what libraries say about themselves at import (missing GPU extensions, deprecations) from users."""
+    warnings.simplefilter("ignore")
+    for name in ("torchao", "torch.utils._pytree", "transformers", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _load_exporter() -> Exporter:

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Sequence
 
 from edgerun.commands.common import Tools, add_output_options, begin_report, emit, positive, positive_list
-from edgerun.commands.measure import Timing, generate_on, timing
+from edgerun.commands.measure import Timing, generate_on
 from edgerun.errors import EdgerunError
 from edgerun.report import Axis, Cell, Column, Estimate, Plot, Report, Series, Table
 
@@ -150,7 +150,7 @@ def _measure(
     plan += [(index, workload, True) for _ in range(repeats) for workload in workloads for index in range(len(paths))]
     runs: dict[tuple[int, Workload], list[Timing]] = {}
     for index, workload, counts in tqdm.tqdm(plan, desc="bench", leave=False, disable=None):
-        result = generate_on(
+        measured, _ = generate_on(
             device,
             paths[index],
             ids[: workload.prompt_tokens],
@@ -159,7 +159,7 @@ def _measure(
             stop_ids=(),
         )
         if counts:
-            runs.setdefault((index, workload), []).append(timing(result.values))
+            runs.setdefault((index, workload), []).append(measured)
     return runs
 
 

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -177,9 +177,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument(
         "--boundary-threshold", type=float, default=dhsa.boundary_threshold, metavar="X", help="default: %(default)s"
     )
-    sparse.add_argument(
-        "--pooling", choices=("mean", "sqrt", "centred", "minmax", "moments"), default=dhsa.pooling, help="default: %(default)s"
-    )
+    poolings = ("mean", "sqrt", "centred", "minmax", "moments")
+    sparse.add_argument("--pooling", choices=poolings, default=dhsa.pooling, help="default: %(default)s")
     sparse.add_argument(
         "--query-pooling", choices=("mean", "max"), default=dhsa.query_pooling, help="default: %(default)s"
     )
@@ -238,6 +237,12 @@ def stage_bar(title: str) -> Iterator[StageProgress]:
         yield progress
     finally:
         bar.close()
+
+
+def describe_facts(facts: Mapping[str, object] | None) -> str:
+    """A device's facts in one line; what it does not know is left out."""
+    known = {name: value for name, value in (facts or {}).items() if value not in (None, "", [])}
+    return ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in known.items())
 
 
 def quoted(argv: list[str]) -> str:

@@ -25,7 +25,7 @@ from edgerun.commands.common import (
     emit,
     stage_bar,
 )
-from edgerun.commands.measure import force_on, generate_on, timing
+from edgerun.commands.measure import force_on, generate_on
 from edgerun.errors import DeviceError
 from edgerun.evaluation.answers import Job
 from edgerun.machine import available_cores
@@ -146,20 +146,18 @@ def answer_row(
     bundle, sample, device = Bundle.open(bundle_path), job.sample(), open_device(device_name)
     tokenizer = bundle.tokenizer()
     prompt = tokenizer.encode(sample.prompt).ids
-    answer = generate_on(device, bundle_path, prompt, max_new_tokens=sample.max_new_tokens, threads=None)
-    measured = timing(answer.values)
-    forced = answer.tokens[:-1]
-    logits = force_on(device, bundle_path, prompt, forced, threads=None).logits
+    measured, tokens = generate_on(device, bundle_path, prompt, max_new_tokens=sample.max_new_tokens)
+    forced = tokens[:-1]
+    _, logits = force_on(device, bundle_path, prompt, forced)
     model = causal_lm.load(checkpoint, bundle.recipe)
     found = fidelity.measure(logits, fidelity.eager_logits(model, prompt, forced, bundle.recipe.prefill_slice))
-    sparse = measured.density is not None and measured.density < 1.0
-    checks = fidelity.checks(found, bundle.recipe, sparse=sparse, label=f"{attention} on {device_name}: ")
+    checks = fidelity.checks(found, bundle.recipe, sparse=measured.sparse, label=f"{attention} on {device_name}: ")
     decode, memory, density = measured.decode_s_per_token, measured.peak_rss_bytes, measured.density
     row = (
         device_name,
         attention,
         len(sample.prompt.encode()),
-        ruler.score(sample, tokenizer.decode(answer.tokens)) == 1.0,
+        ruler.score(sample, tokenizer.decode(tokens)) == 1.0,
         measured.prefill_s,
         None if decode is None else 1e3 * decode,
         None if memory is None else memory / 2**20,

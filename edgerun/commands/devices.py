@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from edgerun.commands.common import CHECK_FAILED, GOOD, Tools, add_output_options, begin_report, emit
-from edgerun.errors import DeviceError
+from edgerun.commands.common import CHECK_FAILED, GOOD, Tools, add_output_options, begin_report, describe_facts, emit
 from edgerun.report import Column, Table
 
 SUMMARY = "where a bundle can run from here"
@@ -25,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun devices`."""
-    rows = [probe(name) for name in arguments.device or ("host", "emulated-arm64")]
+    from edgerun.devices import LOCAL_DEVICES, list_devices
+
+    states = list_devices(tuple(arguments.device or LOCAL_DEVICES))
+    rows = [(s.name, s.missing is None, s.missing or describe_facts(s.facts)) for s in states]
     columns = (Column("device"), Column("ready"), Column("what it is, or what it lacks"))
     note = (
         "A board over ssh: --device ssh:HOST[:PORT]; it needs Linux on arm64 or x86-64 and a login without a password."
@@ -33,15 +35,4 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     report = begin_report("devices", "edgerun devices", tools.command)
     emit(dataclasses.replace(report, tables=(Table("", columns, tuple(rows), note),)), arguments)
     asked_for = arguments.device is not None
-    return CHECK_FAILED if asked_for and not all(ready for _, ready, _ in rows) else GOOD
-
-
-def probe(name: str) -> tuple[str, bool, str]:
-    """(name, whether it can run a bundle now, what it is or what it lacks)."""
-    from edgerun.devices import open_device
-
-    try:
-        facts = open_device(name).describe()
-    except DeviceError as error:
-        return name, False, str(error)
-    return name, True, ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, "", []))
+    return CHECK_FAILED if asked_for and any(state.missing for state in states) else GOOD

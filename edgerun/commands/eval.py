@@ -289,7 +289,7 @@ def agreement(bundle: Bundle, checkpoint: pathlib.Path) -> tuple[Check, ...]:
     Raises BundleError when the checkpoint is not the one that the bundle was made of.
     """
     from edgerun.checkpoint import Checkpoint
-    from edgerun.commands.measure import force_on, timing
+    from edgerun.commands.measure import force_on
     from edgerun.devices import open_device
     from edgerun.errors import BundleError
     from edgerun.evaluation import fidelity
@@ -303,13 +303,10 @@ def agreement(bundle: Bundle, checkpoint: pathlib.Path) -> tuple[Check, ...]:
     checks: list[Check] = []
     for case in bundle.golden_cases():
         prompt, forced = case.prompt.tolist(), case.forced.tolist()
-        result = force_on(host, bundle.path, prompt, forced, threads=None)
+        measured, logits = force_on(host, bundle.path, prompt, forced)
         eager = fidelity.eager_logits(model, prompt, forced, bundle.recipe.prefill_slice)
-        density = timing(result.values).density
-        found = fidelity.measure(result.logits, eager)
-        checks += fidelity.checks(
-            found, bundle.recipe, sparse=density is not None and density < 1, label="bundle and eager: "
-        )
+        found = fidelity.measure(logits, eager)
+        checks += fidelity.checks(found, bundle.recipe, sparse=measured.sparse, label="bundle and eager: ")
     return tuple(checks)
 
 

@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgerun.errors import EdgerunError
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from edgerun.devices import Device, RunReport
+    from edgerun.devices import Device
     from edgerun.sessions.text import TextStats
 
 
@@ -27,6 +30,11 @@ class Timing:
     load_s: float
     peak_rss_bytes: int | None
     density: float | None  # attended of causal pairs, 0..1
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the run attended less than dense attention would have."""
+        return self.density is not None and self.density < 1.0
 
 
 def timing(values: dict[str, Any]) -> Timing:
@@ -58,23 +66,26 @@ def generate_on(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    threads: int | None,
+    threads: int | None = None,
     stop_ids: tuple[int, ...] | None = None,
-) -> RunReport:
-    """Greedy continuation on a device; stop_ids None: the bundle's own end tokens."""
+) -> tuple[Timing, list[int]]:
+    """Greedy tokens from a device, and what they cost; stop_ids None: the bundle's own end tokens."""
     from edgerun.devices import RunRequest
 
     request = RunRequest(prompt=tuple(prompt), max_new_tokens=max_new_tokens, stop_ids=stop_ids, threads=threads)
-    return device.run(bundle, request)
+    report = device.run(bundle, request)
+    return timing(report.values), report.tokens
 
 
 def force_on(
-    device: Device, bundle: pathlib.Path, prompt: Sequence[int], forced: Sequence[int], *, threads: int | None
-) -> RunReport:
-    """The logits after the prompt and after each forced token, from a device."""
+    device: Device, bundle: pathlib.Path, prompt: Sequence[int], forced: Sequence[int], *, threads: int | None = None
+) -> tuple[Timing, npt.NDArray[np.float32]]:
+    """Logits float32 [forced + 1, vocab] from a device: after the prompt and each forced token; and what they cost."""
     from edgerun.devices import RunRequest
 
-    return device.run(bundle, RunRequest(prompt=tuple(prompt), forced=tuple(forced), threads=threads))
+    report = device.run(bundle, RunRequest(prompt=tuple(prompt), forced=tuple(forced), threads=threads))
+    assert report.logits is not None
+    return timing(report.values), report.logits
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str, max_context: int) -> list[int]:

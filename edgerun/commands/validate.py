@@ -15,8 +15,8 @@ import argparse
 import dataclasses
 import pathlib
 
-from edgerun.commands.common import Clock, Tools, add_output_options, begin_report, emit, positive
-from edgerun.commands.measure import force_on, timing
+from edgerun.commands.common import Clock, Tools, add_output_options, begin_report, describe_facts, emit, positive
+from edgerun.commands.measure import force_on
 from edgerun.report import Cell, Check, Column, Report, Table
 
 SUMMARY = "does a bundle compute what its model computes?"
@@ -73,10 +73,9 @@ def validate_bundle(
     for entry, case in zip(bundle.manifest["golden"], cases, strict=True):
         name = pathlib.PurePosixPath(entry["file"]).stem
         with clock.step(f"{name} on {device.name}"):
-            result = force_on(device, path, case.prompt.tolist(), case.forced.tolist(), threads=threads)
-        found, measured = fidelity.measure(result.logits, case.logits), timing(result.values)
-        sparse = measured.density is not None and measured.density < 1.0
-        checks += fidelity.checks(found, bundle.recipe, sparse=sparse, label=f"{name}: ")
+            measured, logits = force_on(device, path, case.prompt.tolist(), case.forced.tolist(), threads=threads)
+        found = fidelity.measure(logits, case.logits)
+        checks += fidelity.checks(found, bundle.recipe, sparse=measured.sparse, label=f"{name}: ")
         parting = found.divergence
         rows.append(
             (
@@ -94,11 +93,7 @@ def validate_bundle(
             )
         )
     report = begin_report("validate", f"edgerun validate: {path} on {device.name}", command)
-    facts = (("build", bundle.build), ("device", _describe(device.describe())))
+    facts = (("build", bundle.build), ("device", describe_facts(device.describe())))
     note = "Teacher-forced, against the model's own logits; margin: the model's top-2 logit margin at the divergence."
     tables = (Table("Golden cases", _COLUMNS, tuple(rows), note),)
     return dataclasses.replace(report, facts=facts, tables=tables, checks=tuple(checks), steps=tuple(clock.steps))
-
-
-def _describe(facts: dict[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, "", []))
