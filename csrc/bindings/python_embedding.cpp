@@ -1,12 +1,9 @@
 // The embedding kernels for Python: tensors arrive as addresses and sizes, checked by edgerun/ops/embedding_*.py.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
+#include "csrc/bindings/python_threads.h"
 #include "csrc/ops/embedding_logits/embedding_logits.h"
 #include "csrc/ops/embedding_lookup/embedding_lookup.h"
 
@@ -20,17 +17,6 @@ using edgerun::embedding::TableType;
 Table table_at(uintptr_t data, uintptr_t scales, int type, int64_t vocab, int64_t hidden) {
   return Table{reinterpret_cast<const void*>(data), reinterpret_cast<const float*>(scales),
                static_cast<TableType>(type), vocab, hidden};
-}
-
-void run_on_threads(void* pool, int64_t workers, edgerun::ParallelBody body, void* body_context) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t worker = next++; worker < workers; worker = next++) body(body_context, worker);
-  };
-  std::vector<std::thread> threads(static_cast<size_t>(std::min(*static_cast<int64_t*>(pool), workers) - 1));
-  for (std::thread& thread : threads) thread = std::thread(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
@@ -51,10 +37,8 @@ void register_embedding(py::module_& module) {
       "embedding_logits",
       [](uintptr_t table, uintptr_t scales, int type, int64_t vocab, int64_t hidden, uintptr_t rows, int64_t count,
          uintptr_t out, int64_t threads) {
-        const edgerun::Parallel parallel =
-            threads > 1 ? edgerun::Parallel{run_on_threads, &threads, threads} : edgerun::serial();
         edgerun::embedding::logits(table_at(table, scales, type, vocab, hidden), reinterpret_cast<const float*>(rows),
-                                   count, reinterpret_cast<float*>(out), parallel);
+                                   count, reinterpret_cast<float*>(out), edgerun::python_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>(), "Writes hidden . table^T, table rows shared out over `threads`.");
 }

@@ -1,7 +1,5 @@
 // edgerun::embedding_lookup.out(Tensor table, Tensor? scales, Tensor ids, *, Tensor(a!) out) in ExecuTorch.
-#include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
-#include <executorch/runtime/kernel/kernel_includes.h>
-
+#include "csrc/base/executorch_binding.h"
 #include "csrc/ops/embedding_lookup/table_of_tensors.h"
 
 namespace edgerun::embedding {
@@ -34,7 +32,7 @@ Tensor& embedding_lookup_out(KernelRuntimeContext& context, const Tensor& table,
   return out;
 }
 
+EDGERUN_REGISTER_OP("edgerun::embedding_lookup.out", embedding_lookup_out);
+
 }  // namespace
 }  // namespace edgerun::embedding
-
-EXECUTORCH_LIBRARY(edgerun, "embedding_lookup.out", edgerun::embedding::embedding_lookup_out);
