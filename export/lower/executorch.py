@@ -1,7 +1,8 @@
 """ExecuTorch: an ExportedProgram becomes a .pte, with matrix products and element-wise work in XNNPACK.
 
 Activations are planned at the upper bound of the dynamic dimension, so the prefill slice sets their memory. The state
-buffers are mutable buffers of the program: only their shapes are stored.
+buffers are mutable buffers of the program: only their shapes are stored. Weights are copied to disk partition by
+partition (spooled_xnnpack.py), so that lowering needs little memory beyond the model itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import tempfile
 import warnings
 from typing import Any
 
@@ -34,22 +36,25 @@ def lower(
 
     Raises ExportError when the file does not reach the disk whole; OSError from writing is passed on.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
-    with warnings.catch_warnings():
+    from edgerun.export.lower.spooled_xnnpack import SpoolingPartitioner, as_xnnpack
+
+    # Beside the program: the same disk takes both, and an aborted export removes the folder with the bundle's.
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as spool:
         warnings.simplefilter("ignore")  # that state starts undefined is intended: input_pos 0 drops it
         edge = to_edge_transform_and_lower(
             program,
-            partitioner=[XnnpackPartitioner()],
+            partitioner=[SpoolingPartitioner(pathlib.Path(spool))],
             constant_methods=constant_methods,
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
+        as_xnnpack(edge.exported_program().graph_module)
         lowered = edge.to_executorch(ExecutorchBackendConfig())
-    with path.open("wb") as file:
-        lowered.write_to_file(file)
-        file.flush()
-        os.fsync(file.fileno())
+        with path.open("wb") as file:
+            lowered.write_to_file(file)
+            file.flush()
+            os.fsync(file.fileno())
     if path.stat().st_size == 0:
         raise ExportError(f"{path} was not written: make room on the disk and export again")
     plan = next(plan for plan in lowered.executorch_program.execution_plan if plan.name == "forward")

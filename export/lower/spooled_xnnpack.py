@@ -86,9 +86,11 @@ def as_xnnpack(graph_module: torch.fx.GraphModule) -> None:
 
 
 def _without_weights(program: ExportedProgram) -> ExportedProgram:
-    """The program with tensors of the same shapes that take no memory: later stages read its graph alone."""
+    """The program with tensors of the same shapes that take no memory: later stages read shapes alone."""
     for name, tensor in program.state_dict.items():
-        program.state_dict[name] = tensor.new_zeros(()).expand(tensor.shape)
+        shape_only = tensor.new_zeros(()).expand(tensor.shape)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(shape_only, requires_grad=False) if is_parameter else shape_only
     return program
 
 
