@@ -1,4 +1,4 @@
-// What every ExecuTorch binding of an op needs: ExecuTorch's own threads, scratch, and a registration that can be repeated.
+// What every ExecuTorch binding of an op needs: ExecuTorch's own threads, scratch, repeatable registration.
 #pragma once
 
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
@@ -53,12 +53,13 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// ExecuTorch aborts the process when a name is registered twice, as a second copy of this library would do. The first one
-// stays, and the log says so.
+// ExecuTorch aborts the process when a name is registered twice, as a second copy of this library would do. The first
+// one stays, and the log says so.
 inline bool register_once(const char* name, const executorch::runtime::Kernel& kernel) {
   for (const executorch::runtime::Kernel& other : executorch::runtime::get_registered_kernels()) {
     if (std::strcmp(other.name_, name) != 0) continue;
-    ET_LOG(Error, "%s is registered already: two copies of libedgerun_ops are loaded, the first is used; load one", name);
+    ET_LOG(Error, "%s is registered already: two copies of libedgerun_ops are loaded, the first is used; load one",
+           name);
     return false;
   }
   return executorch::runtime::register_kernel(kernel) == executorch::runtime::Error::Ok;
@@ -67,8 +68,7 @@ inline bool register_once(const char* name, const executorch::runtime::Kernel& k
 }  // namespace edgerun
 
 // EDGERUN_REGISTER_OP("edgerun::name.out", function): as EXECUTORCH_LIBRARY, but safe to load twice.
-#define EDGERUN_REGISTER_OP(name, function)                               \
-  static constexpr const char kEdgerunOpName_##function[] = name;        \
-  [[maybe_unused]] static const bool kEdgerunOpRegistered_##function =   \
-      edgerun::register_once(name, executorch::extension::make_boxed_kernel( \
-                                       name, EXECUTORCH_FN(function, kEdgerunOpName_##function)))
+#define EDGERUN_REGISTER_OP(name, function)                                                    \
+  static constexpr const char kEdgerunOpName_##function[] = name;                              \
+  [[maybe_unused]] static const bool kEdgerunOpRegistered_##function = edgerun::register_once( \
+      name, executorch::extension::make_boxed_kernel(name, EXECUTORCH_FN(function, kEdgerunOpName_##function)))

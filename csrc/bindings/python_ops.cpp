@@ -1,5 +1,5 @@
-// dhsa_attention for Python: tensors arrive as addresses and sizes, checked by edgerun/ops/dhsa_attention.py, whose _Native
-// gives the order of the arguments.
+// dhsa_attention for Python: tensors arrive as addresses and sizes, checked by edgerun/ops/dhsa_attention.py, whose
+// _Native gives the order of the arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -66,8 +66,8 @@ Call parse_call(const py::args& arguments) {
   call.tensors.summaries = address(i++);
   call.tensors.boundaries = static_cast<uint8_t*>(address(i++));
   Params& params = call.params;
-  for (int64_t* field : {&params.tokens, &params.query_heads, &params.kv_heads, &params.head_dim, &params.capacity_blocks,
-                         &params.input_pos}) {
+  for (int64_t* field : {&params.tokens, &params.query_heads, &params.kv_heads, &params.head_dim,
+                         &params.capacity_blocks, &params.input_pos}) {
     *field = as<int64_t>(arguments, i++);
   }
   params.dtype = static_cast<edgerun::dhsa::Dtype>(as<int>(arguments, i++));
@@ -148,7 +148,8 @@ std::pair<int64_t, int64_t> dhsa_attend(const py::args& arguments) {
           throw py::value_error("a list must ascend strictly within the micro-blocks in use");
         }
       }
-      std::copy(list.begin(), list.end(), ids.begin() + static_cast<int64_t>(counts.size()) * call.params.capacity_blocks);
+      std::copy(list.begin(), list.end(),
+                ids.begin() + static_cast<int64_t>(counts.size()) * call.params.capacity_blocks);
       counts.push_back(static_cast<int32_t>(list.size()));
     }
   }
@@ -156,7 +157,8 @@ std::pair<int64_t, int64_t> dhsa_attend(const py::args& arguments) {
   {
     const py::gil_scoped_release release;
     const Memory scratch = allocate_scratch(call);
-    edgerun::dhsa::attend(call.params, call.tensors, Lists{ids.data(), counts.data()}, scratch.get(), call.parallel, &counters);
+    edgerun::dhsa::attend(call.params, call.tensors, Lists{ids.data(), counts.data()}, scratch.get(), call.parallel,
+                          &counters);
   }
   return {counters.attended_pairs, counters.causal_pairs};
 }

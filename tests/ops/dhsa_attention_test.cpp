@@ -1,5 +1,6 @@
-// dhsa_attention in C++: the laws of dhsa_attention.h and its arithmetic against double precision, for every kernel variant
-// that this CPU runs. A plain program, status 0 when all holds; needs nothing but the op, so that it also runs on a board:
+// dhsa_attention in C++: the laws of dhsa_attention.h and its arithmetic against double precision, for every kernel
+// variant that this CPU runs. A plain program, status 0 when all holds; needs nothing but the op, so that it also runs
+// on a board:
 //   aarch64-linux-gnu-g++ -std=c++20 -O3 -ffp-contract=fast -static -I. -o dhsa_attention_test
 //     tests/ops/dhsa_attention_test.cpp csrc/ops/dhsa_attention/*_portable.cpp csrc/base/cpu_features.cpp
 #include <algorithm>
@@ -25,21 +26,21 @@ namespace {
 
 using namespace edgerun::dhsa;
 
-constexpr double kFloatTolerance = 2e-6;  // relative L2 of one call in float against double, a few roundings per key
-constexpr double kHalfTolerance = 5e-4;   // the result is rounded to 11 bits
+constexpr double kFloatTolerance = 2e-6;   // relative L2 of one call in float against double, a few roundings per key
+constexpr double kHalfTolerance = 5e-4;    // the result is rounded to 11 bits
 constexpr double kPeakedTolerance = 1e-4;  // a score of 1000 is rounded by 6e-5, and a weight's relative error is that
-constexpr double kExpTolerance = 2.5e-7;  // relative: the polynomial's 9e-8 and the roundings of its evaluation
+constexpr double kExpTolerance = 2.5e-7;   // relative: the polynomial's 9e-8 and the roundings of its evaluation
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                                      \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      ++failures;                                                                  \
+#define CHECK(condition, ...)                                                         \
+  do {                                                                                \
+    if (!(condition)) {                                                               \
+      ++failures;                                                                     \
       std::printf("%s:%d: %s [%s] ", __FILE__, __LINE__, #condition, kernels().name); \
-      std::printf(__VA_ARGS__);                                                    \
-      std::printf("\n");                                                           \
-    }                                                                              \
+      std::printf(__VA_ARGS__);                                                       \
+      std::printf("\n");                                                              \
+    }                                                                                 \
   } while (false)
 
 class Random {
@@ -167,7 +168,8 @@ struct Layer {
     return x;
   }
 
-  // Relative L2 error of the last call's output against a double-precision softmax over its lists; counts what it attends.
+  // Relative L2 error of the last call's output against a double-precision softmax over its lists; counts what it
+  // attends.
   double error(Counters* counted) const {
     const int64_t depth = params.head_dim, group = params.query_heads / params.kv_heads, groups = group_count(params);
     double squares = 0, differences = 0;

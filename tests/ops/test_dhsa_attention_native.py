@@ -84,17 +84,13 @@ def test_variants_leave_the_same_state() -> None:
 
 def arguments(**changes: float) -> list[float]:
     """A valid positional call of `_native.dhsa_attention` on one token, with some arguments changed."""
-    names = (
-        "query key value out key_cache value_cache summaries boundaries tokens query_heads kv_heads head_dim "
-        "capacity_blocks input_pos dtype scale softcap window budget tile sink dense_tail chunking threshold "
-        "finds_boundaries pooling query_pooling selector threads"
-    ).split()
-    values: dict[str, float] = dict.fromkeys(names, 0) | {
-        **dict.fromkeys(names[:8], BUFFER.data_ptr()),
-        **dict(tokens=1, query_heads=1, kv_heads=1, head_dim=1, capacity_blocks=4, tile=1, threads=1, scale=1.0),
-        "finds_boundaries": False,
-    }
-    return [changes.get(name, values[name]) for name in names]
+    pointers = ("query", "key", "value", "out", "key_cache", "value_cache", "summaries", "boundaries")
+    ones = ("tokens", "query_heads", "kv_heads", "head_dim")
+    values: dict[str, float] = dict.fromkeys(pointers, BUFFER.data_ptr()) | dict.fromkeys(ones, 1)
+    values |= {"capacity_blocks": 4, "input_pos": 0, "dtype": 0, "scale": 1.0, "softcap": 0.0, "window": 0, "budget": 0}
+    values |= {"tile": 1, "sink": 0, "dense_tail": 0, "chunking": 0, "threshold": 0.0, "finds_boundaries": False}
+    values |= {"pooling": 0, "query_pooling": 0, "selector": 0, "threads": 1}
+    return list((values | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -234,15 +230,13 @@ def test_cpp_laws_hold_under_sanitizers(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    flags = "-std=c++20 -O1 -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
-    command = [compiler, *flags, f"-I{ROOT}", "-pthread"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    command = [compiler, "-std=c++20", "-O1", "-ffp-contract=fast", *sanitize, f"-I{ROOT}", "-pthread"]
     folder = ROOT / "csrc/ops/dhsa_attention"
     sources = [ROOT / "tests/ops/dhsa_attention_test.cpp", ROOT / "csrc/base/cpu_features.cpp"]
     sources += sorted(folder.glob("*_portable.cpp"))
-    wide = {
-        "avx2": "-mavx2 -mfma -mf16c".split(),
-        "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mf16c".split(),
-    }
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    wide = {"avx2": avx2, "avx512": [*avx2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]}
     objects = []
     if "avx2" in VARIANTS:
         for name, options in wide.items():

@@ -2,7 +2,8 @@
 // One call appends S tokens to the cache, keeps the chunk boundaries and chunk summaries, selects for every query
 // tile the micro-blocks worth attending, and attends them exactly.
 //
-//   out[t, h] = softmax_j(cap(scale * q[t,h] . k[j,g(h)])) v[j,g(h)]   over j in list(tile(t), g(h)), j <= t, j > t - window
+//   out[t, h] = softmax_j(cap(scale * q[t,h] . k[j,g(h)])) v[j,g(h)]
+//                                                        over j in list(tile(t), g(h)), j <= t, j > t - window
 //   cap(x) = softcap * tanh(x / softcap) when softcap > 0, else x;      g(h) = h / (query_heads / kv_heads)
 //
 // DHSA: arXiv 2510.24606 v1. What is ours: micro-blocks, local streaming boundaries, one list per KV head, decode.
@@ -20,9 +21,10 @@
 //   a zero mean gives cosine 0. A call first clears every flag with e + kBoundaryReach > p (truncation), then decides
 //   the edges that became decidable. Flags not decided are 0.
 //
-// Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the keys as the cache holds
-//   them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise minimum then maximum, with
-//   kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the cache's dtype. Summaries of incomplete micro-blocks are not defined.
+// Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
+//   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
+//   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the cache's
+//   dtype. Summaries of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
@@ -43,16 +45,18 @@
 //   kMean:    sum_b t(b) / |c|                     kSqrt:    16-token units: sqrt(16 |c|) * sum_b t(b) / |c|
 //   kCentred: sqrt(16 |c|) * (sum_b t(b) / |c| - mean of t over all micro-blocks of [0, L))
 //   kMinMax:  max_b sum_d max(q_d * minimum[b][d], q_d * maximum[b][d])
-//   kMoments: an estimate of the attention that the chunk's tokens get. The logits scale * q . k of a micro-block are taken
-//             as normal, so log mean exp(scale * q . k) ~ t(b) = scale * q . mean[b] + 1/2 scale^2 sum_d q_d^2 variance[b][d];
+//   kMoments: an estimate of the attention that the chunk's tokens get. The logits scale * q . k of a micro-block are
+//             taken as normal, so log mean exp(scale * q . k) ~
+//             t(b) = scale * q . mean[b] + 1/2 scale^2 sum_d q_d^2 variance[b][d];
 //             score = log(sum_{b in c} exp t(b) / |c|) - log(sum_{b in [0, L)} exp t(b)).  Softcap is not considered.
 //   Q: kQueryMean: one vector, the mean of the group's rows and of the KV head's query heads.
-//      kQueryMax:  for each query head of the KV head and each 16-row segment (absolute 16-grid) of the group, the mean of its rows.
+//      kQueryMax:  for each query head of the KV head and each 16-row segment (absolute 16-grid) of the group, the mean
+//                  of its rows.
 //   No scale but in kMoments: it does not change the order of the others.
 //
-// Laws (tests/ops/test_dhsa_attention.py): after n tokens cache, summaries and boundaries are bit-identical for every partition
-//   of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs; nothing depends on threads;
-//   a list that is the dense list gives the dense output bit for bit.
+// Laws (tests/ops/test_dhsa_attention.py): after n tokens cache, summaries and boundaries are bit-identical for every
+//   partition of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs; nothing depends
+//   on threads; a list that is the dense list gives the dense output bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -80,18 +84,18 @@ inline constexpr int64_t summary_vectors(Pooling pooling) {
 }
 
 struct Params {
-  int64_t tokens = 0;           // S
-  int64_t query_heads = 0;      // a multiple of kv_heads
+  int64_t tokens = 0;       // S
+  int64_t query_heads = 0;  // a multiple of kv_heads
   int64_t kv_heads = 0;
   int64_t head_dim = 0;         // D
   int64_t capacity_blocks = 0;  // M: micro-blocks in the cache; input_pos + tokens <= 16 M
   int64_t input_pos = 0;        // tokens already stored; anything stored at or after it is dropped
   Dtype dtype = Dtype::kFloat;  // of query, key, value, out, caches and summaries; arithmetic is float
   float scale = 1.0f;
-  float softcap = 0.0f;         // 0: none
-  int64_t window = 0;           // 0: none; a token attends itself and the window - 1 before it
-  int64_t budget = 0;           // most distinct key tokens on a group's list; 0: unlimited, dense
-  int64_t tile = 64;            // T >= 1
+  float softcap = 0.0f;  // 0: none
+  int64_t window = 0;    // 0: none; a token attends itself and the window - 1 before it
+  int64_t budget = 0;    // most distinct key tokens on a group's list; 0: unlimited, dense
+  int64_t tile = 64;     // T >= 1
   int64_t sink = 16;
   int64_t dense_tail = 0;
   Chunking chunking = Chunking::kCosine;
@@ -108,9 +112,9 @@ struct Tensors {
   const void* key = nullptr;
   const void* value = nullptr;
   void* out = nullptr;
-  void* key_cache = nullptr;      // [Hkv, M, D, 16]: a micro-block is stored transposed
-  void* value_cache = nullptr;    // [Hkv, M, 16, D]
-  void* summaries = nullptr;      // [Hkv, M, P, D], P = summary_vectors(pooling); may be null when budget == 0 or kRecent
+  void* key_cache = nullptr;    // [Hkv, M, D, 16]: a micro-block is stored transposed
+  void* value_cache = nullptr;  // [Hkv, M, 16, D]
+  void* summaries = nullptr;    // [Hkv, M, P, D], P = summary_vectors(pooling); may be null when budget == 0 or kRecent
   uint8_t* boundaries = nullptr;  // [M + 1]; may be null when budget == 0
 };
 
@@ -136,7 +140,7 @@ const char* check(const Params& params, const Tensors& tensors);
 // Bytes of scratch that `run` needs with this many workers: bounded per worker, plus the lists.
 size_t scratch_bytes(const Params& params, int64_t workers);
 
-// The op: append, boundaries, summaries, select, attend. `scratch` is aligned to 64 bytes. Fills *counters when not null.
+// The op: append, boundaries, summaries, select, attend. `scratch` is aligned to 64 bytes. Fills *counters if not null.
 void run(const Params& params, const Tensors& tensors, void* scratch, const Parallel& parallel, Counters* counters);
 
 // Its stages, callable alone so that each can be tested and timed. `attend` takes lists from anywhere.

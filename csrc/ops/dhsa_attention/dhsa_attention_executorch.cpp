@@ -58,7 +58,8 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
   if (summaries.numel() > 0 && !has_sizes(summaries, {heads, blocks, vectors, depth})) {
     return "summaries must be [kv heads, micro-blocks, 1 or (min-max) 2, head_dim], or empty";
   }
-  if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1})) return "boundaries must be [micro-blocks + 1], or empty";
+  if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1}))
+    return "boundaries must be [micro-blocks + 1], or empty";
   if (!contiguous({&query, &key, &value, &key_cache, &value_cache, &summaries, &boundaries, &out})) {
     return "all tensors must be contiguous";
   }
@@ -100,8 +101,8 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   const SizesType sizes[4] = {1, static_cast<SizesType>(params.tokens), static_cast<SizesType>(params.query_heads),
                               static_cast<SizesType>(params.head_dim)};
   const Error resized = executorch::runtime::resize_tensor(out, {sizes, 4});
-  ET_KERNEL_CHECK_MSG(context, resized == Error::Ok, InvalidArgument, out, "dhsa_attention: out cannot hold [1, %d, %d, %d]",
-                      int(sizes[1]), int(sizes[2]), int(sizes[3]));
+  ET_KERNEL_CHECK_MSG(context, resized == Error::Ok, InvalidArgument, out,
+                      "dhsa_attention: out cannot hold [1, %d, %d, %d]", int(sizes[1]), int(sizes[2]), int(sizes[3]));
 
   Tensors tensors;
   tensors.query = query.const_data_ptr();

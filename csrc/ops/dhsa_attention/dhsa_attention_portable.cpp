@@ -1,5 +1,5 @@
-// dhsa_attention: checks a call, then runs its stages over tasks of one KV head and up to 256 query rows each. The stages are
-// in state_portable.cpp and select_portable.cpp, the arithmetic in kernels_impl.h.
+// dhsa_attention: checks a call, then runs its stages over tasks of one KV head and up to 256 query rows each. The
+// stages are in state_portable.cpp and select_portable.cpp, the arithmetic in kernels_impl.h.
 #include <algorithm>
 #include <cmath>
 
@@ -57,17 +57,19 @@ void add_counters(const Params& params, const Lists& lists, int64_t first_group,
   }
 }
 
-void select_groups(const Params& params, const Tensors& tensors, int64_t first_group, int64_t groups, const Lists& lists,
-                   float* scratch, const Parallel& parallel) {
+void select_groups(const Params& params, const Tensors& tensors, int64_t first_group, int64_t groups,
+                   const Lists& lists, float* scratch, const Parallel& parallel) {
   const int64_t floats = worker_floats(params);
-  for_each_task(scores_chunks(params) ? parallel : serial(), params.kv_heads * groups, [&](int64_t index, int64_t worker) {
-    lists.counts[index] = select_group(params, tensors, index / groups, group_at(params, first_group + index % groups),
-                                       lists.ids + index * params.capacity_blocks, scratch + worker * floats);
-  });
+  for_each_task(scores_chunks(params) ? parallel : serial(), params.kv_heads * groups,
+                [&](int64_t index, int64_t worker) {
+                  lists.counts[index] =
+                      select_group(params, tensors, index / groups, group_at(params, first_group + index % groups),
+                                   lists.ids + index * params.capacity_blocks, scratch + worker * floats);
+                });
 }
 
-void attend_groups(const Params& params, const Tensors& tensors, int64_t first_group, int64_t groups, const Lists& lists,
-                   float* scratch, const Parallel& parallel) {
+void attend_groups(const Params& params, const Tensors& tensors, int64_t first_group, int64_t groups,
+                   const Lists& lists, float* scratch, const Parallel& parallel) {
   const int64_t floats = worker_floats(params);
   const int64_t size = group_size(params);
   const int64_t depth = params.head_dim;
@@ -152,7 +154,9 @@ const char* check(const Params& params, const Tensors& tensors) {
     return "budget must be 0 (dense) or at least sink + 64 + 12 + tile tokens: raise it, or lower the tile or the sink";
   }
   if (std::isnan(params.boundary_threshold)) return "boundary_threshold is not a number";
-  const auto among = [](auto value, int count) { return static_cast<int>(value) >= 0 && static_cast<int>(value) < count; };
+  const auto among = [](auto value, int count) {
+    return static_cast<int>(value) >= 0 && static_cast<int>(value) < count;
+  };
   if (!among(params.chunking, 2) || !among(params.pooling, 5) || !among(params.query_pooling, 2) ||
       !among(params.selector, 2)) {
     return "chunking, pooling, query_pooling or selector is none of its values";
@@ -162,7 +166,8 @@ const char* check(const Params& params, const Tensors& tensors) {
   }
   const bool sparse = params.budget > 0 && params.window == 0;
   if ((sparse || params.finds_boundaries) && !tensors.boundaries) return "a budget needs the boundaries buffer";
-  if (sparse && params.selector == Selector::kChunk && !tensors.summaries) return "selection by chunks needs the summaries";
+  if (sparse && params.selector == Selector::kChunk && !tensors.summaries)
+    return "selection by chunks needs the summaries";
   return nullptr;
 }
 
@@ -202,7 +207,8 @@ void run(const Params& params, const Tensors& tensors, void* scratch, const Para
   char* memory = static_cast<char*>(scratch);
   Lists lists;
   lists.ids = reinterpret_cast<uint16_t*>(memory);
-  memory += round_up(params.kv_heads * batch * params.capacity_blocks * static_cast<int64_t>(sizeof(uint16_t)), kAlignment);
+  memory +=
+      round_up(params.kv_heads * batch * params.capacity_blocks * static_cast<int64_t>(sizeof(uint16_t)), kAlignment);
   lists.counts = reinterpret_cast<int32_t*>(memory);
   memory += round_up(params.kv_heads * batch * static_cast<int64_t>(sizeof(int32_t)), kAlignment);
   float* worker_scratch = reinterpret_cast<float*>(memory);

@@ -1,5 +1,5 @@
-// The two inner kernels of dhsa_attention, and the table of their variants: one source (kernels_impl.h), compiled once for
-// each instruction set. Dispatch, tests and benchmarks all walk this table, so an untested variant cannot exist.
+// The two inner kernels of dhsa_attention, and the table of their variants: one source (kernels_impl.h), compiled once
+// for each instruction set. Dispatch, tests and benchmarks all walk this table, so an untested variant cannot exist.
 #pragma once
 
 #include <cstddef>
@@ -15,34 +15,37 @@ inline constexpr int64_t kTaskRows = 256;  // most rows of a task, unless one to
 
 // Consecutive tokens of one KV head's query heads against one list. Row = token * group + head within the group.
 struct AttendTask {
-  const void* query;         // first token of the task, first query head of the KV head; [group, ...] by head_stride
-  int64_t query_head_stride; // elements
-  const void* key_blocks;    // [M, D, 16] of this KV head
-  const void* value_blocks;  // [M, 16, D]
-  void* out;                 // first token of the task, first query head: [tokens, group, D] by out_token_stride
-  int64_t out_token_stride;  // elements
-  const uint16_t* ids;       // micro-blocks, ascending
+  const void* query;          // first token of the task, first query head of the KV head; [group, ...] by head_stride
+  int64_t query_head_stride;  // elements
+  const void* key_blocks;     // [M, D, 16] of this KV head
+  const void* value_blocks;   // [M, 16, D]
+  void* out;                  // first token of the task, first query head: [tokens, group, D] by out_token_stride
+  int64_t out_token_stride;   // elements
+  const uint16_t* ids;        // micro-blocks, ascending
   int64_t count;
   int64_t tokens;
-  int64_t group;             // query heads per KV head
+  int64_t group;  // query heads per KV head
   int64_t head_dim;
-  int64_t first_position;    // of the first token
+  int64_t first_position;  // of the first token
   int64_t window;
   float scale;
   float softcap;
   Dtype dtype;
-  float* scratch;            // attend_scratch_floats(...), aligned to 64 bytes
+  float* scratch;  // attend_scratch_floats(...), aligned to 64 bytes
 };
 
 struct Kernels {
   const char* name;
   void (*attend)(const AttendTask& task);
   // scores[i] = queries[i] . low, or with `high` not null: sum_d max(q_d low_d, q_d high_d). queries is [count, D].
-  void (*score)(const float* queries, int64_t count, const float* low, const float* high, int64_t head_dim, float* scores);
+  void (*score)(const float* queries, int64_t count, const float* low, const float* high, int64_t head_dim,
+                float* scores);
   void (*widen)(const uint16_t* halves, float* floats, int64_t count);
 };
 
-inline constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // Rows of the largest task, and the scratch of one worker: queries, outputs, one step of scores, row sums and maxima,
 // and one step of keys and values widened from half precision.

@@ -3,11 +3,11 @@
 //   EDGERUN_ROWS     query rows kept in registers    EDGERUN_WIDE   micro-blocks scored side by side
 // EDGERUN_ROWS * EDGERUN_WIDE * 16 / EDGERUN_LANES accumulators and what feeds them must fit in the register file.
 //
-//   S = (scale log2(e) Q) K^T,   P = 2^(S - m),   O += P V,   out = O / rowsum(P)      (online softmax in steps of 128 keys)
+//   S = (scale log2(e) Q) K^T,   P = 2^(S - m),   O += P V,   out = O / rowsum(P)   (online softmax, 128 keys a step)
 //
-// A row's result does not depend on which rows share its register tile or its task: every sum runs over d or over the list in
-// order, and masked keys add exact zeros. Functions of the standard library stay out of this file: the linker could take the
-// copy compiled for a wider instruction set for everyone's.
+// A row's result does not depend on which rows share its register tile or its task: every sum runs over d or over the
+// list in order, and masked keys add exact zeros. Functions of the standard library stay out of this file: the linker
+// could take the copy compiled for a wider instruction set for everyone's.
 
 #include <cstdint>
 #include <cstring>
@@ -33,7 +33,8 @@ typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(4), may_al
 
 EDGERUN_INLINE Vector load(const float* source) { return *reinterpret_cast<const Vector*>(source); }
 EDGERUN_INLINE void store(float* target, Vector value) { *reinterpret_cast<Vector*>(target) = value; }
-EDGERUN_INLINE Vector splat(float value) { return value - Vector{}; }  // x - 0 is x, sign of zero included; no add is left
+// x - 0 is x, sign of zero included, so that no subtraction is left.
+EDGERUN_INLINE Vector splat(float value) { return value - Vector{}; }
 EDGERUN_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 EDGERUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -160,7 +161,7 @@ struct Scratch {
   float* maximum;  // [rows], log2 units; -inf before the first visible key
   float* keys;     // one step widened from half precision, else unused
   float* values;
-  int64_t width;   // D rounded up to 16
+  int64_t width;  // D rounded up to 16
 };
 
 struct Step {
@@ -171,7 +172,9 @@ struct Step {
   bool masked;  // some row of the task does not see some key
 };
 
-EDGERUN_INLINE int64_t position_of(const AttendTask& task, int64_t row) { return task.first_position + row / task.group; }
+EDGERUN_INLINE int64_t position_of(const AttendTask& task, int64_t row) {
+  return task.first_position + row / task.group;
+}
 
 // Micro-blocks of the step that begin at or before `position`.
 EDGERUN_INLINE int64_t visible_blocks(const Step& step, int64_t position) {
@@ -258,8 +261,8 @@ void soften_row(const AttendTask& task, const Scratch& scratch, const Step& step
     bool any = false;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t base = step.ids[b] * kMicroBlock;
-      const int64_t last = position - base;                                // lanes up to this one are causal
-      const int64_t before = task.window > 0 ? last - task.window : -1;    // lanes up to this one left the window
+      const int64_t last = position - base;                              // lanes up to this one are causal
+      const int64_t before = task.window > 0 ? last - task.window : -1;  // lanes up to this one left the window
       if (last >= kMicroBlock - 1 && before < 0) {
         any = true;
         continue;

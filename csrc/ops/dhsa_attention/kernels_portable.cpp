@@ -1,4 +1,4 @@
-// dhsa_attention's inner kernels for the compiler's baseline: SSE2 on x86-64, NEON on arm64. The truth for the other variants.
+// dhsa_attention's inner kernels for the compiler's baseline: SSE2 on x86-64, NEON on arm64. The truth for the others.
 #if defined(__aarch64__)
 #define EDGERUN_ROWS 5  // 5 x 4 accumulators, 4 vectors of keys and 5 of queries: 29 of 32 registers
 #else

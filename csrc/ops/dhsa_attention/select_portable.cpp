@@ -24,7 +24,8 @@ int64_t most_pooled(const Params& params) {
 }
 
 // Adds `rows` query rows to sum, in order.
-void add_rows(const Params& params, const Tensors& tensors, int64_t query_head, int64_t first_row, int64_t rows, float* sum) {
+void add_rows(const Params& params, const Tensors& tensors, int64_t query_head, int64_t first_row, int64_t rows,
+              float* sum) {
   const int64_t depth = params.head_dim;
   const int64_t offset = (query_head * params.tokens + first_row) * depth;
   for (int64_t row = 0; row < rows; ++row) {
@@ -47,7 +48,8 @@ int64_t pooled_width(const Params& params) {
   return params.pooling == Pooling::kMoments ? 2 * params.head_dim : params.head_dim;
 }
 
-// q -> [scale q, 1/2 scale^2 q^2]: its product with [mean, variance] is t(b). Rows move from the last to the first, in place.
+// q -> [scale q, 1/2 scale^2 q^2]: its product with [mean, variance] is t(b). Rows move from the last to the first, in
+// place.
 void expand_for_moments(const Params& params, int64_t count, float* pooled) {
   const int64_t depth = params.head_dim;
   for (int64_t q = count - 1; q >= 0; --q) {
@@ -89,7 +91,8 @@ int64_t pool_queries(const Params& params, const Tensors& tensors, int64_t head,
 // Reads the summaries of one KV head, as floats, and scores pooled queries against them.
 class Scorer {
  public:
-  Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t count, float* scratch)
+  Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t count,
+         float* scratch)
       : params_(params), kernels_(kernels()), queries_(queries), count_(count), widened_(scratch) {
     const int64_t offset = head * params.capacity_blocks * summary_vectors(params.pooling) * params.head_dim;
     summaries_ = static_cast<const char*>(tensors.summaries) + offset * element_bytes();
@@ -126,7 +129,7 @@ struct Chunk {
   uint16_t count;
 };
 
-// Heap order: the chunk that is taken next is the largest. A NaN score is ranked last, so that the order stays an order.
+// Heap order: the chunk that is taken next is the largest. A NaN score is ranked last: an order stays one.
 bool taken_later(const Chunk& a, const Chunk& b) { return a.score != b.score ? a.score < b.score : a.first > b.first; }
 
 // log(exp(a) + exp(b)) without overflow.
@@ -141,8 +144,8 @@ float combine(Pooling pooling, float a, float b) {
   return pooling == Pooling::kMoments ? log_add(a, b) : a + b;
 }
 
-// What every score of a pooled query is measured from: the mean score over [0, blocks), or the logarithm of the sum of its
-// exponentials; 0 where scores stand alone.
+// What every score of a pooled query is measured from: the mean score over [0, blocks), or the logarithm of the sum of
+// its exponentials; 0 where scores stand alone.
 void score_origins(const Params& params, const Scorer& scorer, int64_t pooled, int64_t blocks, float* scores,
                    float* origins) {
   const bool moments = params.pooling == Pooling::kMoments;

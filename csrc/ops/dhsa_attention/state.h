@@ -19,8 +19,8 @@ static inline void from_float(float value, uint16_t* target) { *target = float_t
 struct Group {
   int64_t first_row;  // within the call
   int64_t rows;
-  int64_t start;      // position of the first row
-  int64_t end;        // position after the last row
+  int64_t start;  // position of the first row
+  int64_t end;    // position after the last row
 };
 
 Group group_at(const Params& params, int64_t index);

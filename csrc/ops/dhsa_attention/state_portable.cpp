@@ -1,5 +1,5 @@
-// What a call leaves behind: the packed cache, the chunk boundaries and the summaries. Bit-identical for every partition of a
-// text into calls: each value is computed once, from cached keys alone, in one fixed order.
+// What a call leaves behind: the packed cache, the chunk boundaries and the summaries. Bit-identical for every
+// partition of a text into calls: each value is computed once, from cached keys alone, in one fixed order.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,7 +39,7 @@ void append_head_of(const Params& params, const Tensors& tensors, int64_t head) 
   }
 }
 
-// [e - 12, e + 12) of one channel, as doubles: the last 12 lanes of a micro-block's row and the first 12 of the next one's.
+// [e - 12, e + 12) of one channel, as doubles: the last 12 lanes of one micro-block and the first 12 of the next.
 template <typename Element>
 void load_span(const Element* before, const Element* after, double* x) {
   for (int64_t i = 0; i < kBoundaryReach; ++i) {
@@ -51,9 +51,9 @@ void load_span(const Element* before, const Element* after, double* x) {
 // Largest 1 - cosine over the gaps [e - 8, e + 8]. Sums stand for means: their cosine is the same.
 template <typename Element>
 double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge) {
-  constexpr int64_t kSpan = 2 * kBoundaryReach;                 // tokens
-  constexpr int64_t kGaps = 2 * kBoundarySpan + 1;              // candidate gaps
-  constexpr int64_t kWindows = kGaps + kBoundaryWindow;         // windows of 4 tokens that start in the span
+  constexpr int64_t kSpan = 2 * kBoundaryReach;          // tokens
+  constexpr int64_t kGaps = 2 * kBoundarySpan + 1;       // candidate gaps
+  constexpr int64_t kWindows = kGaps + kBoundaryWindow;  // windows of 4 tokens that start in the span
   static_assert(kWindows + kBoundaryWindow - 1 == kSpan);
   const int64_t depth = params.head_dim;
   const int64_t block_elements = kMicroBlock * depth;

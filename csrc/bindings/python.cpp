@@ -1,0 +1,13 @@
+// edgerun._native: what Python calls in C++. Each python_*.cpp registers its own part.
+#include <pybind11/pybind11.h>
+
+void register_embedding(pybind11::module_& module);
+void register_ops(pybind11::module_& module);
+void register_sessions(pybind11::module_& module);
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "edgerun's native part";
+  register_embedding(module);
+  register_ops(module);
+  register_sessions(module);
+}
