@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import logging
 import os
 import sys
-import warnings
 from typing import Any, NoReturn, cast
 
 from edgerun import __version__
 from edgerun.commands.common import BAD_INPUT, INTERRUPTED, Exporter, Tools, quoted
 from edgerun.errors import EdgerunError
+from edgerun.library_noise import quiet_libraries
 
 VERBS = ("demo", "export", "run", "validate", "bench", "eval", "inspect", "devices", "doctor")
 _EPILOG = """\
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _build_parser()
     arguments = parser.parse_args(argv)
     if not arguments.debug:
-        _quiet_libraries()
+        quiet_libraries()
     try:
         status: int = arguments.verb.run(arguments, Tools(_load_exporter, quoted(argv)))
         sys.stdout.flush()
@@ -86,13 +85,6 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show where an error came from")
         sub.set_defaults(verb=verb)
     return parser
-
-
-def _quiet_libraries() -> None:
-    """Keep what libraries say about themselves at import (missing GPU extensions, deprecations) from users."""
-    warnings.simplefilter("ignore")
-    for name in ("torchao", "torch.utils._pytree", "transformers", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _load_exporter() -> Exporter:

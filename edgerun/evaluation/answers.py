@@ -12,13 +12,13 @@ import functools
 import json
 import multiprocessing
 import pathlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import needle, ruler, threads
+from edgerun.evaluation import fidelity, needle, ruler, threads
 from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
+from edgerun.library_noise import quiet_libraries
 from edgerun.recipe import Recipe
 
 SUITES = ("needle", "ruler", "threads")
@@ -103,30 +103,20 @@ class EagerAnswerer:
 
     def answer(self, job: Job) -> Answer:
         """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
-        import torch
-
-        count = self.count_tokens
-        sample = job.sample(count)
+        sample = job.sample(self.count_tokens)
         ids = self._tokenizer.encode(sample.prompt).ids
         _require_room(len(ids) + sample.max_new_tokens, self._model.max_context)
-        begin = time.monotonic()
-        with torch.inference_mode():
-            for start in range(0, len(ids), self._slice):
-                piece = torch.tensor([ids[start : start + self._slice]])
-                logits = self._model(piece, torch.tensor([start]))
-            prefilled = time.monotonic()
-            found: list[int] = []
-            while len(found) < sample.max_new_tokens and (token := int(logits[0].argmax())) not in self._ends:
-                found.append(token)
-                logits = self._model(torch.tensor([[token]]), torch.tensor([len(ids) + len(found) - 1]))
+        run = fidelity.greedy(
+            self._model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
+        )
         return _scored(
             self._build,
             job,
             sample,
-            self._tokenizer.decode(found),
+            self._tokenizer.decode(list(run.tokens)),
             prompt_tokens=len(ids),
-            prefill_s=prefilled - begin,
-            decode_s=time.monotonic() - prefilled,
+            prefill_s=run.prefill_s,
+            decode_s=run.decode_s,
             density=None,
         )
 
@@ -239,6 +229,7 @@ def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[An
 
 
 def _start_worker() -> None:
+    quiet_libraries()
     import torch
 
     torch.set_num_threads(1)

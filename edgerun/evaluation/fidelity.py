@@ -7,7 +7,8 @@ tokens are the reference's own greedy ones, the first row whose largest logit di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,22 +90,49 @@ def eager_logits(
     model: CausalLM, prompt: Sequence[int], forced: Sequence[int], prefill_slice: int
 ) -> npt.NDArray[np.float32]:
     """Logits [len(forced) + 1, vocab] of an eager model: after the prompt, fed in slices, and each forced token."""
+    rows = [_prefill(model, prompt, prefill_slice)]
+    rows += [_feed(model, [token], len(prompt) + offset) for offset, token in enumerate(forced)]
+    return np.stack(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyRun:
+    """Tokens that a model chose greedily, the one it ended with included, and the logits it chose each from."""
+
+    tokens: tuple[int, ...]
+    logits: npt.NDArray[np.float32]  # [len(tokens), vocab]
+    prefill_s: float
+    decode_s: float
+
+
+def greedy(
+    model: CausalLM, prompt: Sequence[int], *, max_new_tokens: int, ends: Collection[int], prefill_slice: int
+) -> GreedyRun:
+    """Greedy decoding of an eager model until a token of `ends` or max_new_tokens (at least 1)."""
+    begin = time.monotonic()
+    rows = [_prefill(model, prompt, prefill_slice)]
+    prefilled = time.monotonic()
+    tokens = [int(rows[0].argmax())]
+    while tokens[-1] not in ends and len(tokens) < max_new_tokens:
+        rows.append(_feed(model, tokens[-1:], len(prompt) + len(tokens) - 1))
+        tokens.append(int(rows[-1].argmax()))
+    return GreedyRun(tuple(tokens), np.stack(rows), prefilled - begin, time.monotonic() - prefilled)
+
+
+def _prefill(model: CausalLM, prompt: Sequence[int], prefill_slice: int) -> npt.NDArray[np.float32]:
+    """The prompt in slices into a fresh state -> logits [vocab] after it."""
+    model.reset()
+    starts = range(0, len(prompt), prefill_slice)
+    return [_feed(model, prompt[start : start + prefill_slice], start) for start in starts][-1]
+
+
+def _feed(model: CausalLM, ids: Sequence[int], position: int) -> npt.NDArray[np.float32]:
     import torch
 
-    model.reset()
-    rows = []
     with torch.inference_mode():
-
-        def feed(ids: Sequence[int], position: int) -> torch.Tensor:
-            logits: torch.Tensor = model(torch.tensor([list(ids)]), torch.tensor([position]))
-            return logits[0]
-
-        for start in range(0, len(prompt), prefill_slice):
-            row = feed(prompt[start : start + prefill_slice], start)
-        rows.append(row.numpy().copy())
-        for offset, token in enumerate(forced):
-            rows.append(feed([token], len(prompt) + offset).numpy().copy())
-    return np.stack(rows)
+        logits: torch.Tensor = model(torch.tensor([list(ids)]), torch.tensor([position]))
+    row: npt.NDArray[np.float32] = logits[0].numpy().copy()
+    return row
 
 
 def _check(name: str, value: float, limit: str, detail: str) -> Check:

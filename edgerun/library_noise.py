@@ -1,0 +1,15 @@
+"""Keep what libraries say about themselves at import (missing GPU extensions, deprecations) from users of the verbs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_LOGGERS = ("torchao", "torch.utils._pytree", "transformers", "root")
+
+
+def quiet_libraries() -> None:
+    """Silence warnings of the libraries below; errors are still said. For a process that a verb owns."""
+    warnings.simplefilter("ignore")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
