@@ -52,8 +52,8 @@ def decomposition(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op as a function: (result [1, S, Hq, D], key_cache, value_cache, summaries, boundaries), shapes as the op's.
 
-    query [1, Hq, S, D], key and value [1, Hkv, S, D], input_pos an integer [1]. S may be dynamic when dense_tail is 0.
-    The caller keeps input_pos + S within the cache; nothing here can check it.
+    query [1, Hq, S, D], key and value [1, Hkv, S, D], input_pos an integer [1]. S is static: export one
+    program (or one function of a program) per call size. The caller keeps input_pos + S within the cache.
     """
     key_cache, value_cache = _append(key, value, key_cache, value_cache, input_pos)
     tokens = key.shape[2]
@@ -71,7 +71,7 @@ def _between(x: torch.Tensor, low: torch.Tensor | int, high: torch.Tensor | int)
 
 
 def _floor_divide(x: torch.Tensor, divisor: int) -> torch.Tensor:
-    """x // divisor of integers that are not negative. The casts are for Core ML, where the quotient would be a float."""
+    """x // divisor of integers that are not negative. The casts are for Core ML, whose quotient is a float."""
     return torch.div(x.to(torch.int64), divisor, rounding_mode="floor").to(torch.int32)
 
 
@@ -120,7 +120,8 @@ def _find_boundaries(
         change = _gap_maxima(key_cache, edges) > options.boundary_threshold  # [count]
         place = _clamp(index - first, 0, count - 1)
         cut = torch.logical_or(cut, torch.index_select(change.to(torch.int32), 0, place) > 0)
-    flags = torch.where(decided, boundaries > 0, torch.logical_and(decidable, cut))
+    fresh = torch.logical_and(torch.logical_and(decidable, torch.logical_not(decided)), cut)
+    flags = torch.logical_or(torch.logical_and(decided, boundaries > 0), fresh)
     return torch.logical_or(flags, index == 0).to(boundaries.dtype)
 
 
@@ -176,7 +177,7 @@ class _Groups:
 
     @staticmethod
     def of_call(input_pos: torch.Tensor, tokens: int, tile: int) -> _Groups:
-        width = torch.sym_min(tile, tokens)
+        width = min(tile, tokens)
         count = (tokens + tile - 2) // tile + 1
         tile_start = (_floor_divide(input_pos, tile) + torch.arange(count)) * tile
         start = torch.maximum(tile_start, input_pos.expand(count))
@@ -281,7 +282,7 @@ def _listed_blocks(
     forced = torch.logical_and(before_end, torch.logical_or(index < sink, index >= local.unsqueeze(1)))
     sparse = torch.logical_or(forced.unsqueeze(0), chosen)
     dense = (groups.end <= options.budget).reshape(1, -1, 1)
-    return torch.where(dense, before_end.unsqueeze(0).expand_as(sparse), sparse), longest
+    return torch.logical_or(sparse, torch.logical_and(dense, before_end.unsqueeze(0))), longest
 
 
 def _best(scores: torch.Tensor, candidate: torch.Tensor, room: torch.Tensor, longest: int) -> torch.Tensor:
