@@ -138,8 +138,8 @@ def answer_row(
 ) -> tuple[tuple[Cell, ...], tuple[Check, ...]]:
     """Answer a sample on a device and by the eager model: a row of the table, and its gates.
 
-    The device is fed the eager model's answer. Where its own choice is the same at every step, that is its answer; where
-    it is not, it answers again by itself.
+    The device is fed the eager model's answer. Where its own choice is the same at every step, that is its answer; else
+    it answers again by itself.
     """
     from edgerun.bundle import Bundle
     from edgerun.devices import open_device
