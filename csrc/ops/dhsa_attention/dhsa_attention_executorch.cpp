@@ -66,6 +66,20 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
   return nullptr;
 }
 
+Tensors pointers(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                 const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries, Tensor& out) {
+  Tensors tensors;
+  tensors.query = query.const_data_ptr();
+  tensors.key = key.const_data_ptr();
+  tensors.value = value.const_data_ptr();
+  tensors.out = out.mutable_data_ptr();
+  tensors.key_cache = key_cache.mutable_data_ptr();
+  tensors.value_cache = value_cache.mutable_data_ptr();
+  tensors.summaries = summaries.numel() > 0 ? summaries.mutable_data_ptr() : nullptr;
+  tensors.boundaries = boundaries.numel() > 0 ? boundaries.mutable_data_ptr<uint8_t>() : nullptr;
+  return tensors;
+}
+
 Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& key_cache, const Tensor& value_cache, const Tensor& summaries,
                            const Tensor& boundaries, const Tensor& input_pos, double scale, double softcap,
@@ -104,15 +118,7 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   ET_KERNEL_CHECK_MSG(context, resized == Error::Ok, InvalidArgument, out,
                       "dhsa_attention: out cannot hold [1, %d, %d, %d]", int(sizes[1]), int(sizes[2]), int(sizes[3]));
 
-  Tensors tensors;
-  tensors.query = query.const_data_ptr();
-  tensors.key = key.const_data_ptr();
-  tensors.value = value.const_data_ptr();
-  tensors.out = out.mutable_data_ptr();
-  tensors.key_cache = key_cache.mutable_data_ptr();
-  tensors.value_cache = value_cache.mutable_data_ptr();
-  tensors.summaries = summaries.numel() > 0 ? summaries.mutable_data_ptr() : nullptr;
-  tensors.boundaries = boundaries.numel() > 0 ? boundaries.mutable_data_ptr<uint8_t>() : nullptr;
+  const Tensors tensors = pointers(query, key, value, key_cache, value_cache, summaries, boundaries, out);
   wrong = check(params, tensors);
   ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out,
                       "dhsa_attention: %s (input_pos %lld, tokens %lld, cache of %lld tokens)", wrong,
