@@ -125,10 +125,8 @@ def load(
     recipe = resolve(checkpoint.config, recipe)
     assert recipe.max_context is not None
     dtype = arithmetic or _DTYPES[recipe.dtype]
-    decoder, frozen = _on_meta(checkpoint, recipe.max_context)
-    sites = cached_attention.find_sites(decoder)
-    asks = [_without_idle_window(site, recipe.max_context) for site in sites]
-    options = layer_options(recipe.dhsa if recipe.attention == "dhsa" else None, asks)
+    decoder, sites, frozen = outline(checkpoint, recipe.max_context)
+    options = attention_options(sites, recipe)
     names = _TensorNames(checkpoint, decoder)
     names.check()
     _materialise(decoder, names, recipe, dtype, progress)
@@ -136,6 +134,19 @@ def load(
     kinds = rope_types(decoder.config)
     rope = RopeFacts(type="+".join(kinds) or "none", frozen_from_max_context=frozen)
     return CausalLM(decoder, step, sites, options, rope, recipe.max_context).eval().requires_grad_(False)
+
+
+def outline(checkpoint: Checkpoint, max_context: int) -> tuple[Any, list[AttentionSite], bool]:
+    """The decoder on the meta device, its attention layers, and whether max_context froze its rotary frequencies."""
+    decoder, frozen = _on_meta(checkpoint, max_context)
+    return decoder, cached_attention.find_sites(decoder), frozen
+
+
+def attention_options(sites: list[AttentionSite], recipe: Recipe) -> list[AttentionOptions]:
+    """The op's options for every attention layer under a resolved recipe."""
+    assert recipe.max_context is not None
+    asks = [_without_idle_window(site, recipe.max_context) for site in sites]
+    return layer_options(recipe.dhsa if recipe.attention == "dhsa" else None, asks)
 
 
 def _without_idle_window(site: AttentionSite, max_context: int) -> Any:
