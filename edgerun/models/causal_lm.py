@@ -227,8 +227,9 @@ def _materialise(
                 tensor = convert(tensor, dtype, full)
                 _assign(module, name, tensor)
             _fill_computed_buffers(decoder, module)
-            if isinstance(module, nn.Linear):
-                decoder.set_submodule(prefix, transform(module))
+            if isinstance(module, nn.Linear) and (transformed := transform(module)) is not module:
+                decoder.set_submodule(prefix, transformed)
+                module._parameters.clear()  # `modules` still holds it; its full-precision weight must go now
         names.checkpoint.release_pages()
         if progress is not None:
             progress("load weights", (done + 1) / len(modules))
