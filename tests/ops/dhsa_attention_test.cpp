@@ -291,7 +291,7 @@ void test_outputs() {
   params.dtype = Dtype::kHalf;
   expect_output(params, 17, 150, "half");
   for (const int64_t tile : {1, 24, 64}) {
-    for (int pooling = 0; pooling < 4; ++pooling) {
+    for (int pooling = 0; pooling < 5; ++pooling) {
       for (int variety = 0; variety < 4; ++variety) {
         params = sparse(tile);
         params.pooling = static_cast<Pooling>(pooling);
@@ -469,7 +469,7 @@ void test_check_names_what_is_wrong() {
   CHECK(refused([](Params& p) { p.sink = 8; }), "sink");
   CHECK(refused([](Params& p) { p.tile = 0; }), "tile");
   CHECK(refused([](Params& p) { p.scale = INFINITY; }), "scale");
-  CHECK(refused([](Params& p) { p.pooling = static_cast<Pooling>(4); }), "pooling");
+  CHECK(refused([](Params& p) { p.pooling = static_cast<Pooling>(5); }), "pooling");
   Params params = sparse(64);
   CHECK(check(params, Tensors{}) != nullptr, "null tensors");
 }

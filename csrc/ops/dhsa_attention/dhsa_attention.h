@@ -23,8 +23,8 @@
 //
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
 //   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
-//   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the cache's
-//   dtype. Summaries of incomplete micro-blocks are not defined.
+//   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the
+//   cache's dtype. Summaries of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
