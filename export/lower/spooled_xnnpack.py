@@ -25,6 +25,8 @@ from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export.exported_program import ExportedProgram
 
+from edgerun.export.lower.xnnpack_configs import partitioner_configs
+
 _SPOOL = "edgerun_spool_folder"
 _SMALL_BYTES = 1 << 16  # smaller buffers stay in memory: a file each would cost more than it frees
 
@@ -33,7 +35,7 @@ class SpoolingPartitioner(XnnpackPartitioner):  # type: ignore[misc]
     """Partitions as XnnpackPartitioner does; what the partitions hold goes to files in `folder`."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        super().__init__()
+        super().__init__(configs=partitioner_configs())
         spool = CompileSpec(_SPOOL, str(folder).encode())
         self.delegation_spec = DelegationSpec(SpooledXnnpackBackend.__name__, [spool])
 

@@ -67,11 +67,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "Gemma3TextConfig",
         {
-            "num_hidden_layers": 3,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,
-            "layer_types": [_SLIDING, _FULL, _SLIDING],
+            "layer_types": [_FULL, _SLIDING],  # not the pattern that the class would choose
             "rope_parameters": {
                 _SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
                 _FULL: {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
@@ -90,7 +89,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
 }
 
 
