@@ -329,7 +329,10 @@ def _implementation(
         raise EdgerunError("the state and the result must be contiguous, since the kernel writes them in place")
     inputs = (query.contiguous(), key.contiguous(), value.contiguous())
     arguments = _native_arguments(*inputs, out, state, position, options, torch.get_num_threads())
-    attended_pairs, causal_pairs = _native().dhsa_attention(*arguments)  # type: ignore[arg-type, call-arg]
+    try:
+        attended_pairs, causal_pairs = _native().dhsa_attention(*arguments)  # type: ignore[arg-type, call-arg]
+    except ValueError as error:
+        raise EdgerunError(f"dhsa_attention cannot serve this call: {error}") from error
     counters = _COUNTERS.get()
     if counters is not None:
         counters.attended_pairs += attended_pairs
