@@ -1,5 +1,6 @@
-// executorch_log: what ExecuTorch logs while a session is in it. The last error becomes part of our message instead of a
-// line on the standard error; what it says about its own work is dropped. Other users of ExecuTorch keep their log.
+// executorch_log: what ExecuTorch logs while a session is in it. The first error, the cause of those after it, becomes
+// part of our message instead of a line on the standard error; what it says about its own work is dropped. Other users
+// of ExecuTorch in the process keep their log.
 #pragma once
 
 #include <string>
@@ -13,11 +14,11 @@ class ExecutorchLog {
   ~ExecutorchLog();
   ExecutorchLog(const ExecutorchLog&) = delete;
   ExecutorchLog& operator=(const ExecutorchLog&) = delete;
-  const std::string& last_error() const { return last_error_; }  // one line; empty: none
+  const std::string& first_error() const { return first_error_; }  // one line; empty: none
 
  private:
   friend struct ExecutorchLogSink;
-  std::string last_error_;
+  std::string first_error_;
   ExecutorchLog* outer_;
 };
 

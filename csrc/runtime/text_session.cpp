@@ -37,7 +37,7 @@ Status executorch_failed(const std::string& what, Error error, const ExecutorchL
                           : error == Error::InvalidProgram       ? StatusCode::kCorrupt
                                                                  : StatusCode::kInternal;
   std::string message = what + ": ExecuTorch says " + executorch::runtime::to_string(error);
-  if (!log.last_error().empty()) message += " (" + log.last_error() + ")";
+  if (!log.first_error().empty()) message += " (" + log.first_error() + ")";
   if (error == Error::OperatorMissing) {
     message += ", 0x14: load the library that defines the program's operators before the bundle";
   }
@@ -287,8 +287,8 @@ Status TextSession::generate_running(std::span<const int64_t> prompt, const Gene
   std::vector<int64_t> ids;
   if (pending_) ids.push_back(*pending_);
   ids.insert(ids.end(), prompt.begin(), prompt.end());
-  const auto fed = static_cast<int64_t>(ids.size() + options.forced.size());
-  if (Status status = check_room(fed, position_); !status.ok()) return status;
+  const auto fed = static_cast<int64_t>(prompt.size() + options.forced.size());
+  if (Status status = check_room(fed, position_ + (pending_ ? 1 : 0)); !status.ok()) return status;
 
   stats_.prompt_tokens = static_cast<int64_t>(prompt.size());
   stats_.generated_tokens = 0;

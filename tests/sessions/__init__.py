@@ -1,0 +1,1 @@
+"""What a user holds, on real bundles."""
