@@ -49,6 +49,9 @@ packages: $(STAMPS)/packages  ## what the emulated device needs from Debian
 $(STAMPS)/packages: $(STAMPS)/python
 	@sh .ci/debian_packages.sh $@ $(DEBIAN_PACKAGES)
 
+bench: set-up  ## the benchmarks, into bench/results/
+	$(BIN)/python bench/ops/dhsa_attention.py --output bench/results/dhsa_attention_portable.json
+
 arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, where a cross compiler is
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \
 	  else echo "note: no aarch64-linux-gnu-g++ here, so the arm64 build is left out (make packages)"; fi

@@ -16,6 +16,7 @@ import multiprocessing
 import pathlib
 import sys
 
+from edgerun import line_chart
 from edgerun.commands import bench
 from edgerun.commands import eval as evaluation
 from edgerun.commands.common import (
@@ -33,7 +34,7 @@ from edgerun.evaluation.answers import Job
 from edgerun.library_noise import quiet_libraries
 from edgerun.machine import available_cores
 from edgerun.recipe import DhsaOptions, Recipe
-from edgerun.report import Cell, Check, Column, Report, Table, write_json
+from edgerun.report import Cell, Check, Column, Report, Table, write_json, write_whole
 from edgerun.report_html import write_html
 
 SUMMARY = "the whole way on the model that ships, in a few minutes"
@@ -130,6 +131,8 @@ def demonstrate(output: pathlib.Path, exporter: Exporter, *, device_name: str | 
     )
     write_json(report, output / "report.json")
     write_html(report, output / "report.html")
+    for name, plot in zip(("prefill.svg", "accuracy.svg"), report.plots, strict=True):
+        write_whole(output / name, line_chart.render(plot))
     return report
 
 
