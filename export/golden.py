@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
+import torch
 
 from edgerun.bundle import GoldenCase
 from edgerun.checkpoint import Checkpoint
@@ -63,5 +64,6 @@ def _case(model: CausalLM, recipe: Recipe, ids: list[int]) -> GoldenCase:
     return GoldenCase(np.asarray(prompt, dtype=np.int64), np.asarray(rest, dtype=np.int64), logits)
 
 
-def _tables(model: CausalLM) -> list[object]:
+def _tables(model: CausalLM) -> list[torch.Tensor]:
+    """Weights that are buffers: the token table, and quantised layers."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith((".weight", ".table"))]

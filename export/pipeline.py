@@ -73,7 +73,7 @@ def _golden(
     truth = load(source, recipe, progress, arithmetic=torch.float32)
     if progress is not None:
         progress("golden cases", 0.0)
-    cases = golden_cases(truth, recipe, source)
+    cases: list[tuple[str, GoldenCase]] = golden_cases(truth, recipe, source)
     for name, case in cases:
         case.save(writer.subfolder("golden") / f"{name}.safetensors")
     if progress is not None:

@@ -8,7 +8,6 @@ soft-capping of the logits); attention, the token embedding and a tied head are 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -160,7 +159,6 @@ def _on_meta(checkpoint: Checkpoint, max_context: int) -> tuple[Any, bool]:
     cached_attention.register()
     config = checkpoint.config
     config._attn_implementation = cached_attention.ATTENTION_NAME
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     with torch.device("meta"):
         decoder: Any = model_class(config)(config)
     return decoder.eval(), freeze_rotary(decoder, max_context)
