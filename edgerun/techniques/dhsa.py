@@ -1,6 +1,7 @@
 """Dynamic hierarchical sparse attention (arXiv 2510.24606 v1): which layer of a decoder attends how.
 
-The attention itself is the op edgerun/ops/dhsa_attention.py. Ours: windowed layers keep their window and no selection,
+The attention itself is the op edgerun/ops/dhsa_attention.py; the paper's own algorithm, to compare with, is
+edgerun/ops/dhsa_attention_paper.py. Ours: windowed layers keep their window and no selection,
 and the chunk boundaries are found by the first layer that is sparse, not by layer 0, and shared by the others.
 """
 

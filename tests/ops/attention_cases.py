@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
+from edgerun import compare
 from edgerun.ops import dhsa_attention as op
 from edgerun.ops.dhsa_attention import (
     AttentionOptions,
@@ -59,6 +61,7 @@ class Native:
 
 Implementation = Reference | Native
 IMPLEMENTATIONS: dict[str, Implementation] = {"reference": Reference(), "native": Native()}
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -202,3 +205,34 @@ def cases(
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float16])),
         seed=draw(st.integers(0, 2**20)),
     )
+
+
+def small_options(**changes: object) -> AttentionOptions:
+    values = {"scale": 0.25, "budget": 172, "tile": 64, "finds_boundaries": True, "boundary_threshold": 0.6, **changes}
+    return AttentionOptions(**values)  # type: ignore[arg-type]
+
+
+def output_limit(case: Case) -> float:
+    return compare.tolerance("op_fp16" if case.query.dtype == torch.float16 else "op_fp32")
+
+
+def explicit_attention(case: Case) -> torch.Tensor:
+    """Dense attention by the formula, in float64, one score matrix a head: [1, n, Hq, D]."""
+    options, n = case.options, case.tokens
+    query, key, value = (tensor.double() for tensor in case.rows(0, n))
+    group = query.shape[1] // key.shape[1]
+    logits = options.scale * query @ key.repeat_interleave(group, 1).transpose(2, 3)
+    if options.softcap > 0:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    row, column = torch.arange(n)[:, None], torch.arange(n)
+    visible = (column <= row) & ((column > row - options.window) if options.window > 0 else True)
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2)
+
+
+def assert_near_ties_only(lists: list[list[list[int]]], case: Case, state: AttentionState) -> None:
+    """Lists equal those of a float64 run on the same state, near ties aside."""
+    judged = op.reference_lists(case.query.double(), state.to(torch.float64), 0, case.options)
+    for judge_head, head in zip(judged, lists, strict=True):
+        for judge, blocks in zip(judge_head, head, strict=True):
+            assert op.tie_gap(judge, blocks) <= compare.tolerance("selection_near_tie"), (judge.blocks, blocks)

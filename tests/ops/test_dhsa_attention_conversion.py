@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from coremltools.converters.mil.mil import Program
 
 from edgerun import compare
 from tests.ops import coreml_support
@@ -23,22 +24,35 @@ from tests.ops.decomposed_layers import (
 )
 
 
-@pytest.mark.parametrize(
-    ("tokens", "precision"),
-    [
-        (64, ct.precision.FLOAT32),
-        pytest.param(1, ct.precision.FLOAT16, marks=pytest.mark.slow),
-        pytest.param(64, ct.precision.FLOAT16, marks=pytest.mark.slow),
-    ],
-)
-def test_core_ml_program_writes_every_state(tokens: int, precision: ct.precision) -> None:
+def to_core_ml(tokens: int, precision: ct.precision) -> Program:
     inputs = (example(tokens), torch.tensor([0], dtype=torch.int32))
-    program = coreml_support.convert(torch.export.export(StatefulLayers().eval(), inputs), precision)
-    main = program.functions["main"]
-    counts = collections.Counter(operation.op_type for operation in main.operations)
+    return coreml_support.convert(torch.export.export(StatefulLayers().eval(), inputs), precision)
+
+
+def assert_is_a_plain_stateful_program(program: Program) -> None:
+    operations = program.functions["main"].operations
+    counts = collections.Counter(operation.op_type for operation in operations)
     assert counts["coreml_update_state"] == counts["read_state"] == len(STATE_NAMES)
     assert not {"gather_along_axis", "gather_nd", "scatter_nd", "while_loop", "cond"} & set(counts)
-    assert all(var.rank <= 5 for operation in main.operations for var in operation.outputs)
+    assert all(var.rank <= 5 for operation in operations for var in operation.outputs)
+
+
+def test_core_ml_program_writes_every_state_and_computes_the_reference_call_after_call() -> None:
+    """Run op by op in numpy; its states are float16, as Core ML has them, its arithmetic is float32."""
+    program = to_core_ml(64, ct.precision.FLOAT32)
+    assert_is_a_plain_stateful_program(program)
+    state = {name: tensor.numpy() for name, tensor in zip(STATE_NAMES, new_state(torch.float32), strict=True)}
+    x = example(256)  # the last two slices are longer than the budget
+    for first, expected in zip(range(0, 256, 64), eager(x, [64, 128, 192]), strict=True):
+        inputs = {"x": x[:, first : first + 64].numpy(), "input_pos": np.array([first], dtype=np.int32)}
+        (out,) = coreml_support.run(program, inputs, state)
+        assert compare.relative_l2(out, expected) <= compare.tolerance("op_fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_core_ml_program_in_half_precision_writes_every_state(tokens: int) -> None:
+    assert_is_a_plain_stateful_program(to_core_ml(tokens, ct.precision.FLOAT16))
 
 
 def test_onnx_file_agrees_with_the_reference_over_two_calls(tmp_path: Path) -> None:
@@ -47,7 +61,7 @@ def test_onnx_file_agrees_with_the_reference_over_two_calls(tmp_path: Path) -> N
     exported = torch.export.export(FunctionalLayers().eval(), (x[:, :cut], torch.tensor([0]), *state))
     names = ["x", "input_pos", *STATE_NAMES]
     path = tmp_path / "layers.onnx"
-    program = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=names)
+    program = torch.onnx.export(exported, dynamo=True, verbose=False, optimize=False, input_names=names)
     assert program is not None
     program.save(str(path))
     options = onnxruntime.SessionOptions()

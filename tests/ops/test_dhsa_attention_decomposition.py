@@ -55,7 +55,7 @@ def double(case: Case) -> Case:
     return dataclasses.replace(case, query=case.query.double(), key=case.key.double(), value=case.value.double())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=cases(), cuts=st.lists(st.integers(1, 399), max_size=4))
 def test_equals_the_reference_call_after_call(case: Case, cuts: list[int]) -> None:
     assert_equals_reference(double(case), cuts, EXACT)

@@ -1,0 +1,233 @@
+"""Parity of dhsa_attention, reference and native alike: state, lists and outputs, with float64 as judge; density.
+
+The reference's lists are held in turn against the header written out token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgerun import compare
+from edgerun.ops import dhsa_attention as op
+from edgerun.ops.dhsa_attention import AttentionOptions, AttentionState, Chunking, Pooling, QueryPooling, Selector
+from edgerun.recipe import MICRO_BLOCK
+from tests.ops.attention_cases import (
+    IMPLEMENTATIONS,
+    SPARSE_CHOICES,
+    Case,
+    Implementation,
+    assert_near_ties_only,
+    both,
+    cases,
+    explicit_attention,
+    make_case,
+    output_limit,
+    prefill,
+    slices,
+    small_options,
+    sparse_options,
+)
+
+cut_lists = st.lists(st.integers(1, 399), max_size=6)
+LENGTHS = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 171, 172, 173, 255, 256, 257]
+
+
+# Parity, float64 as judge
+
+
+def assert_parity(implementation: Implementation, case: Case) -> None:
+    """State, lists and outputs of one whole call against a float64 run of the reference."""
+    out, state = prefill(implementation, case)
+    exact = AttentionState.allocate(case.kv_heads, case.key.shape[3], case.tokens + 40, case.options, torch.float64)
+    op.reference(*(tensor.double() for tensor in case.rows(0, case.tokens)), exact, 0, case.options)
+    assert torch.equal(state.boundaries, exact.boundaries)
+    complete = case.tokens // MICRO_BLOCK
+    if case.options.keeps_summaries and complete:
+        summaries = state.summaries[:, :complete]
+        assert compare.relative_l2(summaries, exact.summaries[:, :complete]) <= output_limit(case)
+    lists = implementation.lists(case.query, state, 0, case.options)
+    assert_near_ties_only(lists, case, state)
+    judged = op.reference_attend(case.query.double(), state.to(torch.float64), 0, case.options, lists)
+    assert compare.relative_l2(out, judged) <= output_limit(case)
+    assert compare.relative_l2(implementation.attend(case.query, state, 0, case.options, lists), judged) <= (
+        output_limit(case)
+    )
+
+
+@both
+@settings(max_examples=25)
+@given(case=cases())
+def test_parity_with_float64_on_random_shapes(implementation: Implementation, case: Case) -> None:
+    assert_parity(implementation, case)
+
+
+@both
+@pytest.mark.parametrize(("pooling", "query_pooling", "selector", "chunking"), SPARSE_CHOICES)
+def test_parity_for_every_choice(
+    implementation: Implementation,
+    pooling: Pooling,
+    query_pooling: QueryPooling,
+    selector: Selector,
+    chunking: Chunking,
+) -> None:
+    options = small_options(pooling=pooling, query_pooling=query_pooling, selector=selector, chunking=chunking)
+    assert_parity(implementation, make_case(options, 330))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parity_at_every_edge_of_blocks_chunks_tiles_and_budget(
+    implementation: Implementation, dtype: torch.dtype
+) -> None:
+    for tokens in LENGTHS:
+        assert_parity(implementation, make_case(small_options(), tokens, dtype=dtype, seed=tokens))
+
+
+@both
+@settings(max_examples=15)
+@given(
+    case=cases(options=sparse_options(budget=0), tokens=st.integers(1, 200)),
+    window=st.sampled_from([1, 2, 15, 16, 17, 64, 199]),
+    cuts=cut_lists,
+)
+def test_window_attends_itself_and_what_is_just_before(
+    implementation: Implementation, case: Case, window: int, cuts: list[int]
+) -> None:
+    case = case.with_options(window=window)
+    out, _ = prefill(implementation, case, cuts)
+    assert compare.relative_l2(out, explicit_attention(case)) <= output_limit(case)
+
+
+@both
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_dense_equals_torch_attention_in_float64(implementation: Implementation, group: int) -> None:
+    for tokens in LENGTHS:
+        case = make_case(AttentionOptions(scale=0.3), tokens, group=group, seed=tokens)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *(tensor.double() for tensor in case.rows(0, tokens)), is_causal=True, scale=0.3, enable_gqa=True
+        ).transpose(1, 2)
+        out, _ = prefill(implementation, case)
+        assert compare.relative_l2(out, expected) <= compare.tolerance("op_fp32")
+
+
+@both
+def test_dense_tail_is_a_rule_of_the_call(implementation: Implementation) -> None:
+    case = make_case(small_options(tile=16, budget=108, dense_tail=20), 300)
+    state = case.new_state()
+    implementation.run(case, 0, 260, state)
+    for first, last, dense in ((260, 280, True), (280, 281, False), (281, 300, True), (260, 281, False)):
+        out = implementation.run(case, first, last, state)
+        expected = explicit_attention(case)[:, first:last]
+        assert (compare.relative_l2(out, expected) <= compare.tolerance("op_fp32")) == dense
+
+
+# Density
+
+
+@settings(max_examples=15)
+@given(case=cases(), cuts=cut_lists)
+def test_reported_pairs_equal_pairs_counted_from_the_lists(case: Case, cuts: list[int]) -> None:
+    state, attended, causal = case.new_state(), 0, 0
+    with op.count_attention() as counters:
+        for first, last in slices(cuts, case.tokens):
+            IMPLEMENTATIONS["native"].run(case, first, last, state)
+            query = case.query[:, :, first:last]
+            lists = op.native_lists(query, state, first, case.options)
+            pairs = op.count_pairs(lists, last - first, first, case.options)
+            given_lists = op.native_attend(query, state, first, case.options, lists)[1]
+            assert (given_lists.attended_pairs, given_lists.causal_pairs) == pairs
+            attended, causal = attended + pairs[0], causal + pairs[1]
+    assert (counters.attended_pairs, counters.causal_pairs) == (attended, causal)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_pairs_are_counted_one_by_one(window: int) -> None:
+    case = make_case(small_options(tile=16, budget=0 if window else 108, window=window), 200)
+    _, state = prefill(IMPLEMENTATIONS["reference"], case)
+    lists = IMPLEMENTATIONS["reference"].lists(case.query, state, 0, case.options)
+    attended = causal = 0
+    for head, row in itertools.product(range(case.kv_heads), range(200)):
+        for column in range(max(0, row - window + 1) if window else 0, row + 1):
+            causal += 1
+            attended += column // MICRO_BLOCK in lists[head][row // 16]
+    assert op.count_pairs(lists, 200, 0, case.options) == (attended, causal)
+    assert attended < causal or window
+
+
+# The lists, written out a second time: token by token, in double, straight from the header
+
+
+def written_out_list(case: Case, head: int, start: int, end: int) -> list[int]:
+    """The list of the group [start, end) of KV head `head`, for a call that is longer than its dense tail."""
+    o, group = case.options, case.query.shape[1] // case.kv_heads
+    if end <= o.budget:
+        return [b for b in range(case.tokens) if 16 * b < end]
+    keys = case.key[0].double()  # [Hkv, n, D]
+
+    def cut(edge: int) -> bool:
+        if edge % 64 == 0 or o.chunking == Chunking.FIXED:
+            return edge % 64 == 0
+        for gap in range(edge - 8, edge + 9):
+            left, right = (keys[:, a : a + 4].mean(1).flatten() for a in (gap - 4, gap))
+            if 1 - torch.dot(left, right) / (left.norm() * right.norm()) > o.boundary_threshold:
+                return True
+        return False
+
+    cuts = [edge for edge in range(0, start, 16) if edge == 0 or (edge + 12 <= start and cut(edge))]
+    local, chunks = cuts[-1], list(itertools.pairwise(cuts))
+    queries = case.query[0, head * group : (head + 1) * group, start:end].double()  # [G, rows, D]
+    if o.query_pooling == QueryPooling.MEAN:
+        pooled = [queries.reshape(-1, queries.shape[2]).mean(0)]
+    else:
+        segments = itertools.groupby(range(start, end), key=lambda token: token // 16)
+        rows = [[token - start for token in tokens] for _, tokens in segments]
+        pooled = [query[segment].mean(0) for query in queries for segment in rows]
+
+    def score(query: torch.Tensor, first: int, last: int) -> float:
+        products = [float(query @ keys[head, b : b + 16].mean(0)) for b in range(0, local, 16)]
+        own = products[first // 16 : last // 16]
+        if o.pooling == Pooling.MINMAX:
+            blocks = [keys[head, b : b + 16] for b in range(first, last, 16)]
+            return max(float(torch.maximum(query * b.amin(0), query * b.amax(0)).sum()) for b in blocks)
+        if o.pooling == Pooling.MOMENTS:
+            mass = []  # of each micro-block: mean exp(logit) if its logits are normal
+            for b in range(0, local, 16):
+                block, scaled = keys[head, b : b + 16], o.scale * query
+                spread = float(scaled**2 @ block.var(0, unbiased=False))
+                mass.append(math.exp(float(scaled @ block.mean(0)) + spread / 2))
+            chunk = mass[first // 16 : last // 16]
+            return math.log(sum(chunk) / len(chunk) / sum(mass))
+        mean = sum(own) / len(own)
+        if o.pooling == Pooling.CENTRED:
+            mean -= sum(products) / len(products)
+        return mean if o.pooling == Pooling.MEAN else (last - first) ** 0.5 * mean
+
+    candidates: list[tuple[float, int]] = []
+    for first, last in ((max(first, o.sink), last) for first, last in chunks if last > o.sink):
+        value = max(score(query, first, last) for query in pooled)
+        candidates += [
+            (-float(b) if o.selector == Selector.RECENT else -value, b) for b in range(first // 16, last // 16)
+        ]
+    room = (o.budget - o.sink - (end - local)) // 16
+    chosen = [b for _, b in sorted(candidates)[:room]]
+    return sorted([*range(o.sink // 16), *chosen, *(b for b in range(local // 16, case.tokens) if 16 * b < end)])
+
+
+@settings(max_examples=20)
+@given(case=cases(tokens=st.integers(170, 400)))
+def test_reference_lists_equal_the_header_written_out(case: Case) -> None:
+    case = dataclasses.replace(case, query=case.query.double(), key=case.key.double(), value=case.value.double())
+    _, state = prefill(IMPLEMENTATIONS["reference"], case)
+    lists = IMPLEMENTATIONS["reference"].lists(case.query, state, 0, case.options)
+    tile = case.options.tile
+    for group in {0, len(lists[0]) // 2, len(lists[0]) - 1}:
+        start, end = group * tile, min(case.tokens, (group + 1) * tile)
+        for head in range(case.kv_heads):
+            assert lists[head][group] == written_out_list(case, head, start, end)
