@@ -11,6 +11,7 @@ from torch import nn
 from edgerun.ops import dhsa_attention as op
 from edgerun.recipe import DhsaOptions
 from edgerun.techniques.dhsa import LayerAttention, layer_options
+from tests.ops.attention_cases import make_case, small_options
 
 HEADS, KV_HEADS, HEAD_DIM, MAX_CONTEXT = 4, 2, 8, 512
 
@@ -21,7 +22,7 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         kinds = [LayerAttention(0.25), LayerAttention(0.25, window=32), LayerAttention(0.25), LayerAttention(0.25)]
-        self.options = layer_options(DhsaOptions(budget=256, dense_layers=1), kinds)
+        self.options = layer_options(DhsaOptions(budget=256, dense_layers=1, pooling="moments"), kinds)
         self.register_buffer("boundaries", torch.zeros(MAX_CONTEXT // 16 + 1, dtype=torch.uint8))
         self.register_buffer("no_boundaries", torch.zeros(0, dtype=torch.uint8))
         for index, options in enumerate(self.options):
@@ -63,9 +64,30 @@ def test_program_writes_its_buffers_in_place_and_in_order(exported: torch.export
     assert finds_boundaries == [False, False, True, False]
     sizes = [[plan.values[value].val for value in layer[3:7]] for layer in layers]
     assert all(isinstance(value, Tensor) for state in sizes for value in state)
-    assert [list(value.sizes) for value in sizes[2]] == [[2, 32, 8, 16], [2, 32, 16, 8], [2, 32, 1, 8], [33]]
+    assert [list(value.sizes) for value in sizes[2]] == [[2, 32, 8, 16], [2, 32, 16, 8], [2, 32, 2, 8], [33]]
 
 
 def test_export_keeps_the_number_of_tokens_open(exported: torch.export.ExportedProgram) -> None:
     results = [n.meta["val"].shape for n in exported.graph.nodes if "dhsa_attention" in n.name and "val" in n.meta]
     assert results and all(not isinstance(shape[1], int) for shape in results)
+
+
+def test_schema_declares_what_the_op_writes_and_the_fake_its_shape() -> None:
+    case = make_case(small_options(), 200)
+    state = case.new_state()
+    tensors = (state.key_cache, state.value_cache, state.summaries, state.boundaries, torch.tensor([0]))
+    arguments = (*case.rows(0, 200), *tensors, *case.options.arguments())
+    overload = torch.ops.edgerun.dhsa_attention.default
+    torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_out_overload_fills_what_it_is_given() -> None:
+    case = make_case(small_options(), 200)
+    state, other = case.new_state(), case.new_state()
+    expected = op.attend(*case.rows(0, 200), state, torch.tensor([0]), case.options)
+    out = torch.empty_like(expected)
+    tensors = (other.key_cache, other.value_cache, other.summaries, other.boundaries, torch.tensor([0]))
+    arguments = (*case.rows(0, 200), *tensors, *case.options.arguments())
+    result = torch.ops.edgerun.dhsa_attention.out(*arguments, out=out)
+    assert result.data_ptr() == out.data_ptr()
+    assert torch.equal(out, expected)
