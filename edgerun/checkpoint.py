@@ -43,6 +43,7 @@ _DTYPES = {
 }
 _ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "su"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _HASH_STEP_BYTES = 1 << 23
 
 
@@ -267,6 +268,9 @@ def _check_attention(name: str, config: Any, found: type[torch.nn.Module]) -> No
             f"the attention of {name} does not go through transformers' AttentionInterface, so edgerun cannot take "
             "its place: this architecture is not supported"
         )
+    experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), 0)
+    if experts > 1:
+        raise CheckpointError(f"{name} is a mixture of {experts} experts: edgerun exports dense decoders")
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if others:
         raise CheckpointError(

@@ -146,6 +146,7 @@ def test_unknown_rope_type(folder: pathlib.Path) -> None:
         (transformers.BertConfig(), "encoder-only"),
         (transformers.T5Config(architectures=["T5ForConditionalGeneration"]), "encoder-decoder"),
         (transformers.MambaConfig(architectures=["MambaForCausalLM"]), "AttentionInterface"),
+        (transformers.MixtralConfig(architectures=["MixtralForCausalLM"]), "mixture of 8 experts"),
         (transformers.BloomConfig(architectures=["BloomForCausalLM"]), "AttentionInterface"),
     ],
     ids=lambda value: getattr(value, "model_type", None),

@@ -128,6 +128,11 @@ def find_sites(model: Any) -> list[AttentionSite]:
     try:
         with torch.no_grad():
             model(input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=1)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be followed by shapes alone ({reason}): this architecture is not supported"
+        ) from error
     finally:
         model.config._attn_implementation = name
     expected = model.config.num_hidden_layers

@@ -161,13 +161,12 @@ def test_weight_beyond_float16_is_refused(tmp_path: pathlib.Path) -> None:
         load(folder, dataclasses.replace(RECIPE, dtype="fp16"))
 
 
-def test_attention_with_sinks_of_its_own_is_refused(tmp_path: pathlib.Path) -> None:
-    folder = save_tiny_checkpoint(tmp_path)
-    config = transformers.GptOssConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=264, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=512,
-    )  # fmt: skip
-    config.architectures = ["GptOssForCausalLM"]
-    config.save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="s_aux"):
-        load(folder, RECIPE)
+@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"position_bias": 1.0}])
+def test_attention_that_asks_for_what_the_op_does_not_do_is_refused(
+    asked: dict[str, object], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = transformers.models.llama.modeling_llama.LlamaAttention
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, *args, **given: forward(self, *args, **given, **asked))
+    with pytest.raises(CheckpointError, match=f"asks its attention for {next(iter(asked))}"):
+        load(save_tiny_checkpoint(tmp_path), RECIPE)
