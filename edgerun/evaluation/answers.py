@@ -103,12 +103,15 @@ class EagerAnswerer:
 
     def answer(self, job: Job) -> Answer:
         """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
+        from edgerun.ops.dhsa_attention import count_attention
+
         sample = job.sample(self.count_tokens)
         ids = self._tokenizer.encode(sample.prompt).ids
         _require_room(len(ids) + sample.max_new_tokens, self._model.max_context)
-        run = fidelity.greedy(
-            self._model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
-        )
+        with count_attention() as counters:
+            run = fidelity.greedy(
+                self._model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
+            )
         return _scored(
             self._build,
             job,
@@ -117,7 +120,7 @@ class EagerAnswerer:
             prompt_tokens=len(ids),
             prefill_s=run.prefill_s,
             decode_s=run.decode_s,
-            density=None,
+            density=counters.density,
         )
 
     def count_tokens(self, text: str) -> int:
