@@ -288,6 +288,9 @@ def train(args: argparse.Namespace) -> None:
         began = time.monotonic()
         rng = seeded_random(TRAINING_SPLIT, "step", args.seed, step)
         shares = [early if elapsed < EARLY_FRACTION * total else late for _, _, early, late in LENGTHS]
+        if args.context_share is not None and elapsed >= EARLY_FRACTION * total:
+            rest = sum(shares[:-1]) / (1 - args.context_share)
+            shares = [*(share / rest for share in shares[:-1]), args.context_share]
         length, batch = rng.choices([(n, b) for n, b, _, _ in LENGTHS], shares)[0]
         pieces = [samples.draw(length, step * 8 + i) for i in range(batch)]
         width = max(len(p.ids) for p in pieces)
@@ -374,6 +377,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", type=float, default=5e-4, help="highest learning rate")
     parser.add_argument("--decay", type=float, default=0.4, help="last part of the time, in which the rate falls to 0")
+    parser.add_argument("--context-share", type=float, help="later share of the steps at the full context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=pathlib.Path, help="write the checkpoint there instead of training")
     parser.add_argument("--averaged", action="store_true", help="export the moving average of the weights")
