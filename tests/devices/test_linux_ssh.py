@@ -117,7 +117,6 @@ def test_a_machine_that_nothing_is_built_for(board: Board, monkeypatch: pytest.M
     ],
 )
 def test_a_library_that_the_board_lacks(status: int, said: str, expected: str) -> None:
-    """What a loader says, as it was seen; a loopback board lacks nothing that this machine has."""
     message = failure("ssh:pi", status, "a banner\n" + said + "\n")
     assert message.startswith("ssh:pi lacks a library: ")
     assert expected in message
