@@ -52,6 +52,7 @@ _SSH_ADVICE = (
 _ADDRESS = re.compile(
     r"(?P<user>[^@\s-][^@\s]*@)?(?:\[(?P<bracketed>[0-9a-zA-Z:.%]+)\]|(?P<host>[^\s:\[\]@-][^\s:\[\]@]*))(?::(?P<port>\d{1,5}))?"
 )
+_PROBE_SCRIPT = f"uname -s -m; ls {_CACHE} 2>/dev/null || true"
 _INSTALL_SCRIPT = f"""set -e
 umask 077
 mkdir -p {_CACHE}
@@ -72,6 +73,12 @@ tar -xf - -C in
 COMMAND
 tar -cf - -C out .
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class _BoardState:
+    machine: str  # as uname says
+    folders: frozenset[str]  # complete copies in its cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +106,15 @@ class LinuxSshDevice:
 
     def describe(self) -> dict[str, object]:
         """What the board is; copies the runner there. Raises DeviceError when a bundle cannot run there now."""
-        command = f"{self._install_runtime()}/edgerun/bin/edgerun-runner --describe"
+        command = f"{self._install_runtime(self._probe())}/edgerun/bin/edgerun-runner --describe"
         return runner.parse_description(self._shell(command, timeout_s=COMMAND_TIMEOUT_S).decode(), self.name)
 
     def run(self, bundle: pathlib.Path, request: RunRequest) -> RunReport:
         """Run `request` on the board; copies there what it lacks. Raises DeviceError, or BundleError for no bundle."""
-        remote_bundle = self._install_bundle(pathlib.Path(bundle))
+        state = self._probe()
+        remote_bundle = self._install_bundle(state, pathlib.Path(bundle))
         options = shlex.join(runner.arguments(request, "", "in", "out")[1:])
-        command = f"{self._install_runtime()}/edgerun/bin/edgerun-runner {remote_bundle} {options}"
+        command = f"{self._install_runtime(state)}/edgerun/bin/edgerun-runner {remote_bundle} {options}"
         with tempfile.TemporaryDirectory(prefix="edgerun-ssh-") as temporary:
             folder = pathlib.Path(temporary)
             (folder / "in").mkdir()
@@ -117,29 +125,29 @@ class LinuxSshDevice:
                 archive.extractall(folder / "out", filter="data")
             return runner.read_report(folder / "out", request, self.name)
 
-    def _install_runtime(self) -> str:
-        files = _runtime_files(self._machine(), self.name)
+    def _install_runtime(self, state: _BoardState) -> str:
+        files = _runtime_files(state.machine, self.name)
         digest = hashlib.sha256("".join(f"{name} {sha256_of(file)}\n" for file, name in files).encode())
-        return self._install(f"runtime-{digest.hexdigest()[:32]}", files)
+        return self._install(state, f"runtime-{digest.hexdigest()[:32]}", files)
 
-    def _install_bundle(self, bundle: pathlib.Path) -> str:
+    def _install_bundle(self, state: _BoardState, bundle: pathlib.Path) -> str:
         manifest = bundle / MANIFEST  # holds the sha256 of every other file
         if not manifest.is_file():
             raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}; make one with `edgerun export`")
         files = [(file, file.relative_to(bundle).as_posix()) for file in sorted(bundle.rglob("*")) if file.is_file()]
-        return self._install(f"bundle-{sha256_of(manifest)[:32]}", files)
+        return self._install(state, f"bundle-{sha256_of(manifest)[:32]}", files)
 
-    def _install(self, name: str, files: _Files) -> str:
+    def _install(self, state: _BoardState, name: str, files: _Files) -> str:
         """Copy `files` to the board's folder `name` unless it is there; its path, quoted for the board's shell."""
-        there = self._shell(f"if test -d {_CACHE}/{name}; then echo yes; fi", timeout_s=COMMAND_TIMEOUT_S)
-        if there.strip() != b"yes":
+        if name not in state.folders:
             self._shell(_INSTALL_SCRIPT.replace("NAME", name), lambda stream: _write_tar(stream, files))
         return f"{_CACHE}/{name}"
 
-    def _machine(self) -> str:
-        words = self._shell("uname -s -m", timeout_s=COMMAND_TIMEOUT_S).decode(errors="replace").split()
+    def _probe(self) -> _BoardState:
+        answer = self._shell(_PROBE_SCRIPT, timeout_s=COMMAND_TIMEOUT_S).decode(errors="replace").splitlines()
+        words = answer[0].split() if answer else []
         if len(words) == 2 and words[0] == "Linux":
-            return words[1]
+            return _BoardState(words[1], frozenset(answer[1:]))
         raise DeviceError(f"{self.name} says it is {' '.join(words)!r}: only Linux boards can be used over ssh")
 
     def _command(self) -> list[str]:

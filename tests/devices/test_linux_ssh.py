@@ -74,7 +74,7 @@ def test_a_copy_that_breaks_leaves_nothing(board: Board, bundle: pathlib.Path, m
         patch.setattr(linux_ssh, "_COMPLETE", "not the mark")
         patch.setattr(linux_ssh, "_write_tar", half)
         with pytest.raises(OSError, match="cable"):
-            board.device._install("bundle-broken", [(bundle / "manifest.json", "manifest.json")])
+            board.device._install(board.device._probe(), "bundle-broken", [(bundle / "manifest.json", "manifest.json")])
     assert not (board.cache / "bundle-broken").exists()
     assert [path for path in before if not path.exists()] == []
 
@@ -100,7 +100,8 @@ def test_a_key_that_is_not_welcome(board: Board, tmp_path: pathlib.Path) -> None
 
 
 def test_a_machine_that_nothing_is_built_for(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinuxSshDevice, "_machine", lambda self: "riscv64")
+    state = linux_ssh._BoardState("riscv64", frozenset())
+    monkeypatch.setattr(LinuxSshDevice, "_probe", lambda self: state)
     with pytest.raises(DeviceError, match="is a riscv64"):
         board.device.describe()
 
