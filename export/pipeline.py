@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pathlib
 import shutil
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,11 +15,9 @@ from edgerun.export.lower.executorch import LoweredProgram, lower
 from edgerun.export.manifest import PROGRAM_FILE, constant_methods, manifest
 from edgerun.export.program import export_program
 from edgerun.export.verify import verify
+from edgerun.memory_plan import MemoryPlan, plan_memory
 from edgerun.models.causal_lm import CausalLM, load, resolve
 from edgerun.recipe import Recipe
-
-if TYPE_CHECKING:
-    from edgerun.memory_plan import MemoryPlan
 
 
 def export_bundle(
@@ -40,20 +36,22 @@ def export_bundle(
     """
     source = Checkpoint.open(checkpoint)
     recipe = resolve(source.config, recipe)
-    memory = plan(source, recipe) if importlib.util.find_spec("edgerun.memory_plan") else None
-    if memory is not None and memory_limit_bytes is not None:
+    memory = plan(source, recipe)
+    if memory_limit_bytes is not None:
         memory.require(memory_limit_bytes)
     build = recipe.hash(source.sha256(progress))
     if (existing := existing_build(out, build)) is not None:
         return existing
     with BundleWriter(out, overwrite) as writer:
-        golden = _golden(source, recipe, writer, progress)
-        model = load(source, recipe, progress)
+        model = load(source, recipe, progress, arithmetic=torch.float32)
+        golden = _golden(source, model, recipe, writer, progress)
+        if recipe.dtype != "fp32":
+            del model  # before the other is read
+            model = load(source, recipe, progress)
         lowered = _lower(source, model, recipe, build, writer, progress)
+        memory = memory.with_planned_bytes(lowered.planned_bytes)
         _copy_tokenizer(source, writer)
-        facts = manifest(source, model, recipe, build, lowered, golden) | {
-            "memory_plan": memory and dataclasses.asdict(memory)
-        }
+        facts = manifest(source, model, recipe, build, lowered, golden) | {"memory_plan": dataclasses.asdict(memory)}
         del model
         parity = verify(writer.write_manifest(facts), progress)
         return writer.publish(facts | {"parity": parity})
@@ -62,15 +60,12 @@ def export_bundle(
 def plan(checkpoint: Checkpoint | pathlib.Path, recipe: Recipe) -> MemoryPlan:
     """Memory that a bundle of this recipe needs to run at its longest context. Reads no weights."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    from edgerun.memory_plan import plan_memory
-
     return plan_memory(source, resolve(source.config, recipe))
 
 
 def _golden(
-    source: Checkpoint, recipe: Recipe, writer: BundleWriter, progress: Progress | None
+    source: Checkpoint, truth: CausalLM, recipe: Recipe, writer: BundleWriter, progress: Progress | None
 ) -> list[tuple[str, GoldenCase]]:
-    truth = load(source, recipe, progress, arithmetic=torch.float32)
     if progress is not None:
         progress("golden cases", 0.0)
     cases: list[tuple[str, GoldenCase]] = golden_cases(truth, recipe, source)
