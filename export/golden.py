@@ -43,7 +43,8 @@ def golden_cases(model: CausalLM, recipe: Recipe, checkpoint: Checkpoint) -> lis
     for name, tokens in wanted.items():
         if name != "sparse" or tokens <= affordable:
             length = max(1, min(tokens, affordable))
-            cases.append((name, _case(model, recipe, passage_ids(checkpoint, length + FORCED_TOKENS))))
+            ids = passage_ids(checkpoint, min(length + FORCED_TOKENS, recipe.max_context))
+            cases.append((name, _case(model, recipe, ids)))
     return cases
 
 
@@ -59,7 +60,7 @@ def passage_ids(checkpoint: Checkpoint, count: int) -> list[int]:
 
 def _case(model: CausalLM, recipe: Recipe, ids: list[int]) -> GoldenCase:
     forced = min(FORCED_TOKENS, len(ids) - 1)
-    prompt, rest = ids[:-forced], ids[len(ids) - forced :]
+    prompt, rest = ids[: len(ids) - forced], ids[len(ids) - forced :]
     logits = eager_logits(model, prompt, rest, recipe.prefill_slice)
     return GoldenCase(np.asarray(prompt, dtype=np.int64), np.asarray(rest, dtype=np.int64), logits)
 

@@ -143,6 +143,15 @@ def test_golden_cases_fit_a_small_context(checkpoint: pathlib.Path) -> None:
     assert all(len(case.prompt) + len(case.forced) <= 40 for case in cases.values())
 
 
+@pytest.mark.parametrize("max_context", [1, 2, 16])
+def test_golden_cases_fit_a_context_shorter_than_their_forced_tokens(
+    checkpoint: pathlib.Path, max_context: int
+) -> None:
+    recipe = dataclasses.replace(SPARSE, max_context=max_context, prefill_slice=1)
+    for _, case in golden_cases(load(checkpoint, recipe), recipe, Checkpoint.open(checkpoint)):
+        assert (len(case.prompt), len(case.forced), len(case.logits)) == (1, max_context - 1, max_context)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
