@@ -29,7 +29,11 @@ def arm64() -> emulated_arm64.EmulatedArm64Device:
     try:
         device.describe()
     except DeviceError as error:
-        pytest.skip(str(error))
+        needed = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
+        missing = [package for program, package in needed.items() if shutil.which(program) is None]
+        if not missing:  # then it is our build that fails
+            raise
+        pytest.skip(f"{error} (not installed: {', '.join(missing)})")
     return device
 
 

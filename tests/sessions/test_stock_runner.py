@@ -7,8 +7,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 from edgerun.sessions.text import TextSession
 
 END = 257  # <eos>, not part of the text
@@ -52,7 +50,6 @@ def named_tokens(tokenizer: dict) -> dict:
 
 
 def test_same_tokens(bundle: pathlib.Path, session: TextSession, tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("executorch.extension.llm.runner", reason="this executorch has no Python text runner")
     done = run_stock("with", bundle, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     ours = session.generate(PROMPT, max_new_tokens=NEW_TOKENS)
@@ -63,7 +60,6 @@ def test_same_tokens(bundle: pathlib.Path, session: TextSession, tmp_path: pathl
 
 
 def test_without_the_op_library_it_says_0x14(bundle: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("executorch.extension.llm.runner", reason="this executorch has no Python text runner")
     done = run_stock("without", bundle, tmp_path)
     assert done.returncode != 0
     assert "edgerun::dhsa_attention" in done.stdout + done.stderr
