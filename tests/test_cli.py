@@ -149,7 +149,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         capsys,
     )
     sizes = dict(report.tables[0].rows)
-    assert sizes["peak of the process"] >= sizes["weights, as the program stores them"] > 0
+    assert sizes["peak of the process"] >= sizes["weights, as the runtime packs them"] > 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -227,7 +227,7 @@ def export_process(checkpoint: pathlib.Path, out: pathlib.Path, **options: objec
 
 def test_full_disk(checkpoint: pathlib.Path, out: pathlib.Path) -> None:
     def no_room() -> None:  # a write beyond the limit fails like one beyond the disk's end
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
     process = export_process(checkpoint, out, preexec_fn=no_room)
     _, errors = process.communicate(timeout=300)

@@ -32,10 +32,10 @@ from edgerun.report import Column, Table
 
 SUMMARY = "a checkpoint becomes a bundle"
 _PARTS = {
-    "weights_bytes": "weights, as the program stores them",
+    "weights_bytes": "weights, as the runtime packs them",
     "cache_bytes": "key/value cache and summaries, context full",
     "activation_bytes": "activations of one prefill slice",
-    "runtime_bytes": "runtime: code, pools, packed buffers",
+    "runtime_bytes": "runtime: code, the program, allocators",
     "peak_rss_bytes": "peak of the process",
 }
 

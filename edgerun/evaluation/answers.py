@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -232,10 +234,19 @@ def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[An
 
 
 def _start_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_libraries()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _answer(task: tuple[Contender, Job]) -> Answer:
