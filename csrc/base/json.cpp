@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <set>
 
 namespace edgerun::json {
 
@@ -29,6 +30,19 @@ void append_utf8(uint32_t code_point, std::string* out) {
 }
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// Bytes of the UTF-8 character at the start of `text`; 0 when there is none (RFC 3629: no overlong form, no surrogate).
+size_t utf8_length(std::string_view text) {
+  const auto byte = [&](size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const auto continues = [&](size_t i) { return (byte(i) & 0xC0) == 0x80; };
+  const unsigned first = byte(0), second = byte(1);
+  if (first < 0x80) return 1;
+  if (first < 0xC2 || first > 0xF4 || !continues(1)) return 0;
+  if (first < 0xE0) return 2;
+  if (!continues(2)) return 0;
+  if (first < 0xF0) return (first == 0xE0 && second < 0xA0) || (first == 0xED && second >= 0xA0) ? 0 : 3;
+  return !continues(3) || (first == 0xF0 && second < 0x90) || (first == 0xF4 && second >= 0x90) ? 0 : 4;
+}
 
 }  // namespace
 
@@ -106,14 +120,13 @@ class Parser {
     ++at_;
     skip_space();
     if (take('}')) return true;
+    std::set<std::string> names;
     do {
       skip_space();
       std::pair<std::string, Value> member;
       if (at_ >= text_.size() || text_[at_] != '"') return fail("a member name in quotes was expected");
       if (!parse_string(&member.first)) return false;
-      for (const auto& earlier : value->members_) {
-        if (earlier.first == member.first) return fail("the same member name twice");
-      }
+      if (!names.insert(member.first).second) return fail("the same member name twice");
       skip_space();
       if (!take(':')) return fail("':' was expected");
       if (!parse_value(&member.second, depth + 1)) return false;
@@ -179,11 +192,14 @@ class Parser {
     ++at_;
     out->clear();
     while (at_ < text_.size()) {
-      const char c = text_[at_++];
-      if (c == '"') return true;
+      const char c = text_[at_];
       if (static_cast<unsigned char>(c) < 0x20) return fail("a control character in a string");
+      const size_t length = utf8_length(text_.substr(at_));
+      if (length == 0) return fail("a string that is not UTF-8");
+      at_ += length;
+      if (c == '"') return true;
       if (c != '\\') {
-        out->push_back(c);
+        out->append(text_, at_ - length, length);
       } else if (!parse_escape(out)) {
         return false;
       }

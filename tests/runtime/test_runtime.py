@@ -68,6 +68,22 @@ def test_json_refuses(programs: dict[str, Program], tmp_path: pathlib.Path, text
     assert message.startswith("not JSON at line ")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [b"\xff", b"\xc0\x80", b"\xe2\x82", b"\xed\xa0\x80", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf", b"\xf4\x90\x80\x80"],
+)
+def test_json_refuses_what_is_not_utf8(programs: dict[str, Program], tmp_path: pathlib.Path, text: bytes) -> None:
+    status, message = programs["json"](write(tmp_path, b'["' + text + b'"]'))
+    assert (status, message) == (1, "not JSON at line 1, column 3: a string that is not UTF-8")
+
+
+def test_json_reads_many_members(programs: dict[str, Program], tmp_path: pathlib.Path) -> None:
+    """A hundred thousand within the program's minute: a name is not compared with all before it."""
+    value = {f"member {index}": index for index in range(100_000)}
+    status, text = programs["json"](write(tmp_path, json.dumps(value)))
+    assert (status, json.loads(text)) == (0, value)
+
+
 def test_json_finds_members_by_path(programs: dict[str, Program], tmp_path: pathlib.Path) -> None:
     file = write(tmp_path, '{"a": {"b": {"c": 7}}, "x.y": {"z": 8}, "programs/text.pte": 9}')
     found = {path: programs["json"](file, path)[1] for path in ("a.b.c", "programs/text.pte", "a.c", "a.b.c.d", "q")}
