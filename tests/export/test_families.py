@@ -1,6 +1,7 @@
 """The bundle of each decoder family, run by the real runtime, against transformers' own eager run.
 
-One export a family (about 20 s of one core, nearly all of it ExecuTorch's lowering), shared by the tests below.
+One export a family (about 20 s of one core, nearly all of it ExecuTorch's lowering), shared by the tests below; the
+group keeps a family's tests on one worker.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class Family:
     bundle: Bundle
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"family-{name}")) for name in sorted(FAMILIES)],
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = save_tiny_checkpoint(folder / "checkpoint", request.param)
