@@ -1,16 +1,21 @@
 """The command line: `edgerun VERB …`. Verbs stand in edgerun/commands; here is what they share: parsing and errors.
 
-Exit status: 0 good, 1 a check failed, 2 bad usage or input, 130 interrupted. An error is one or two lines on stderr;
-`--debug` shows where it came from. The only module that imports edgerun.export, and only for a verb that asks for it.
+Exit status: 0 good, 1 a check failed, 2 bad usage or input, 130 interrupted, 128 + N ended by signal N. An error is one
+or two lines on stderr; `--debug` shows where it came from. The only module that imports edgerun.export, and only for a
+verb that asks for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn, cast
 
 from edgerun import __version__
@@ -46,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.debug:
         quiet_libraries()
     try:
-        status: int = arguments.verb.run(arguments, Tools(_load_exporter, quoted(argv)))
-        sys.stdout.flush()
-        return status
+        with _clean_end_by_signal():
+            status: int = arguments.verb.run(arguments, Tools(_load_exporter, quoted(argv)))
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         print("edgerun: interrupted; nothing half-written is left", file=sys.stderr)
         return INTERRUPTED
@@ -60,6 +66,27 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"edgerun {arguments.verb_name}: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
+
+
+@contextlib.contextmanager
+def _clean_end_by_signal() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process as they would, with status 128 + their number, but not before what was begun
+    is removed. One that the caller ignores or handles, as nohup does, stays so.
+    """
+
+    def end(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    for one in taken:
+        signal.signal(one, end)
+    try:
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -246,14 +246,16 @@ def test_read_only_target(checkpoint: pathlib.Path, out: pathlib.Path, capsys: p
     assert str(target) in line and "choose another target" in line and not target.exists()
 
 
-def test_interrupted_export(checkpoint: pathlib.Path, out: pathlib.Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_export(number: signal.Signals, checkpoint: pathlib.Path, out: pathlib.Path) -> None:
     process = export_process(checkpoint, out)
     assert process.stderr is not None
     for line in process.stderr:
         if "lower to ExecuTorch" in line:
             break
     assert [path.name.startswith(".model.edgerun.") for path in out.parent.iterdir()] == [True]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert ("interrupted" in errors) == (number == signal.SIGINT)
     assert list(out.parent.iterdir()) == []
