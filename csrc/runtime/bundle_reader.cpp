@@ -15,7 +15,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kMaxManifestBytes = int64_t{16} << 20;
+constexpr int64_t kMaxManifestBytes = int64_t{1} << 20;  // it has a few KiB; parsed, it may take 100 times as much
 
 Status corrupt(const std::string& message) { return Status(StatusCode::kCorrupt, message); }
 
@@ -90,11 +90,11 @@ Status require(const json::Value& manifest, const char* path, T* out) {
   return corrupt(std::string("manifest.json has no usable '") + path + "': export the bundle again");
 }
 
-Status require_positive(const json::Value& manifest, const char* path, int64_t* out) {
+Status require_at_least(int64_t least, const json::Value& manifest, const char* path, int64_t* out) {
   if (Status status = require(manifest, path, out); !status.ok()) return status;
-  if (*out >= 1) return Status();
-  return corrupt(std::string("manifest.json says ") + path + " = " + std::to_string(*out) +
-                 "; it must be at least 1: export the bundle again");
+  if (*out >= least) return Status();
+  return corrupt(std::string("manifest.json says ") + path + " = " + std::to_string(*out) + "; it must be at least " +
+                 std::to_string(least) + ": export the bundle again");
 }
 
 Status check_schema(const json::Value& manifest) {
@@ -180,12 +180,13 @@ Status read_bundle(const std::string& path, bool verify, BundleInfo* info) {
                                                      {"tokens.vocab_size", &info->vocab_size},
                                                      {"recipe.dhsa.tile", &info->tile}};
   for (const auto& [name, target] : limits) {
-    if (Status status = require_positive(manifest, name, target); !status.ok()) return status;
+    if (Status status = require_at_least(1, manifest, name, target); !status.ok()) return status;
   }
   std::string attention;
   if (Status status = require(manifest, "recipe.attention", &attention); !status.ok()) return status;
   if (attention == "dhsa") {
-    if (Status status = require(manifest, "recipe.dhsa.dense_tail", &info->dense_tail); !status.ok()) return status;
+    Status status = require_at_least(0, manifest, "recipe.dhsa.dense_tail", &info->dense_tail);
+    if (!status.ok()) return status;
   }
   for (const json::Value& item : manifest.get("tokens.eos_ids").items()) {
     int64_t id = 0;

@@ -113,6 +113,13 @@ Status TextSession::load(const SessionOptions& options) {
     return Status(StatusCode::kCorrupt, "'" + info_.program_path + "' takes fewer tokens a call than prefill_slice " +
                                             std::to_string(info_.prefill_slice) + ": export the bundle again");
   }
+  const auto logits = meta->output_tensor_meta(0);
+  if (!logits.ok()) return executorch_failed(where, logits.error(), log);
+  const auto sizes = logits->sizes();
+  if (sizes.empty() || sizes[sizes.size() - 1] != info_.vocab_size) {
+    return Status(StatusCode::kCorrupt, "'" + info_.program_path + "' does not return the logits of the manifest's " +
+                                            std::to_string(info_.vocab_size) + " tokens: export the bundle again");
+  }
   for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
     const auto bytes = meta->memory_planned_buffer_size(i);
     if (!bytes.ok()) return executorch_failed(where, bytes.error(), log);

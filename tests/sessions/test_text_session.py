@@ -320,6 +320,14 @@ def no_context(manifest: dict) -> None:
     del manifest["context"]["max_context"]
 
 
+def negative_tail(manifest: dict) -> None:
+    manifest["recipe"]["dhsa"]["dense_tail"] = -1000
+
+
+def huge_vocabulary(manifest: dict) -> None:
+    manifest["tokens"]["vocab_size"] = 2**62
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -331,6 +339,8 @@ def no_context(manifest: dict) -> None:
         (other_build, "is not of the manifest's build 0000"),
         (foreign_operator, "needs the operator acme::turbo, which no loaded library defines: load the library"),
         (no_context, "no usable 'context.max_context'"),
+        (negative_tail, "says recipe.dhsa.dense_tail = -1000; it must be at least 0"),
+        (huge_vocabulary, f"does not return the logits of the manifest's {2**62} tokens"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted(
