@@ -214,6 +214,21 @@ def test_unknown_task(tiny: SharedBundle, capsys: pytest.CaptureFixture[str]) ->
     assert "niah_single_1" in refusal(["eval", str(tiny.path), "ruler", "--tasks", "chess"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--budget", "512"], "exported for"),
+        (["--checkpoint", "zoo:text"], "--checkpoint"),
+        (["--selectors", "window-sink"], "--selectors"),
+        (["--tasks", "depth_abc"], "depth_50"),
+    ],
+)
+def test_eval_option_that_would_change_nothing(
+    options: list[str], said: str, tiny: SharedBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(["eval", str(tiny.path), "needle", *options], capsys)
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "edgerun.cli", "inspect", str(tmp_path), "--debug"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,7 +108,7 @@ def make_jobs(suite: str, tasks: Sequence[str] | None, lengths: Sequence[int], s
     """Every sample of every task and length. Raises EdgerunError for a task that the suite does not have."""
     known = suite_tasks(suite)
     for task in tasks or ():
-        if task not in known and not (suite == "needle" and task.startswith("depth_")):
+        if task not in known and not (suite == "needle" and re.fullmatch(r"depth_\d+(\.\d+)?", task)):
             raise EdgerunError(f"{suite} has no task {task!r}; it has {', '.join(known)}")
     chosen = tuple(tasks) if tasks else known
     return [Job(suite, task, n, seed, index) for task in chosen for n in lengths for index in range(samples)]
@@ -256,13 +257,15 @@ def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[C
     path = checkpoint_path(arguments.model)
     is_bundle = (path / MANIFEST).is_file() or path.suffix == ".edgerun"
     engine = arguments.engine or ("bundle" if is_bundle else "eager")
+    _refuse_unused(arguments, is_bundle, engine)
     if engine == "bundle":
         if not is_bundle:
             raise EdgerunError(f"{path} is not a bundle: export it first, or pass --engine eager")
         if arguments.budgets:
             raise EdgerunError("--budgets needs --engine eager: a bundle has the one budget it was exported with")
         others = [] if arguments.against is None else [pathlib.Path(arguments.against)]
-        return [Contender(p.stem, p, None, Bundle.open(p).build) for p in (*others, path)], ()
+        # An eager answer has the build of its recipe too: without the word a record would hand it to the bundle.
+        return [Contender(p.stem, p, None, f"bundle {Bundle.open(p).build}") for p in (*others, path)], ()
     checks: tuple[Check, ...] = ()
     if is_bundle:
         if arguments.checkpoint is None:
@@ -281,6 +284,25 @@ def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[C
     if arguments.against != "dense":
         raise EdgerunError(f"--against is {arguments.against!r}; with --engine eager it is `dense`")
     return [eager_contender("dense", path, dataclasses.replace(recipe, attention="dense")), mine], checks
+
+
+def _refuse_unused(arguments: argparse.Namespace, is_bundle: bool, engine: str) -> None:
+    """Raise EdgerunError for an option that would change nothing."""
+    unused = (
+        (
+            arguments.checkpoint and not (is_bundle and engine == "eager"),
+            "--checkpoint is for a bundle's eager answers",
+        ),
+        (
+            arguments.against and arguments.budgets,
+            "--against and --budgets exclude each other: --budgets asks dense too",
+        ),
+        (arguments.selectors != ("chunk",) and not arguments.budgets, "--selectors is for --budgets"),
+        (is_bundle and recipe_from(arguments) != Recipe(), "a bundle computes what it was exported for"),
+    )
+    for given, reason in unused:
+        if given:
+            raise EdgerunError(f"{reason}: leave out what does not apply (`edgerun eval --help`)")
 
 
 def agreement(bundle: Bundle, checkpoint: pathlib.Path) -> tuple[Check, ...]:
