@@ -466,6 +466,9 @@ void test_check_names_what_is_wrong() {
   CHECK(refused([](Params& p) { p.input_pos = std::numeric_limits<int64_t>::max(); }), "no overflow");
   CHECK(refused([](Params& p) { p.query_heads = 3; }), "heads");
   CHECK(refused([](Params& p) { p.budget = 155; }), "budget below 16 + 64 + 12 + 64");
+  CHECK(refused([](Params& p) { p.budget = std::numeric_limits<int64_t>::min(); }), "negative budget");
+  CHECK(refused([](Params& p) { p.tile = std::numeric_limits<int64_t>::max(); }), "tile beyond the budget");
+  CHECK(refused([](Params& p) { p.sink = std::numeric_limits<int64_t>::max() - 15; }), "sink beyond the budget");
   CHECK(refused([](Params& p) { p.sink = 8; }), "sink");
   CHECK(refused([](Params& p) { p.tile = 0; }), "tile");
   CHECK(refused([](Params& p) { p.scale = INFINITY; }), "scale");

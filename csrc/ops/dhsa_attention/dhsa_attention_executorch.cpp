@@ -56,7 +56,7 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
   }
   const int64_t vectors = summary_vectors(pooling);
   if (summaries.numel() > 0 && !has_sizes(summaries, {heads, blocks, vectors, depth})) {
-    return "summaries must be [kv heads, micro-blocks, 1 or (min-max) 2, head_dim], or empty";
+    return "summaries must be [kv heads, micro-blocks, 1 or (min-max, moments) 2, head_dim], or empty";
   }
   if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1}))
     return "boundaries must be [micro-blocks + 1], or empty";

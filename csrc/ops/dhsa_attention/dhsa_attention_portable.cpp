@@ -149,8 +149,11 @@ const char* check(const Params& params, const Tensors& tensors) {
   if (params.tile < 1) return "tile must be at least 1 token";
   if (params.sink < 0 || params.sink % kMicroBlock != 0) return "sink must be a multiple of 16 tokens";
   if (params.dense_tail < 0) return "dense_tail must not be negative";
-  if (params.budget < 0 ||
-      (params.budget > 0 && params.budget < params.sink + kMaxChunk + kBoundaryReach + params.tile)) {
+  constexpr int64_t kLocal = kMaxChunk + kBoundaryReach;
+  const auto too_small = [&] {  // without the sum of sink and tile, which could overflow
+    return params.budget - kLocal < params.sink || params.budget - kLocal - params.sink < params.tile;
+  };
+  if (params.budget < 0 || (params.budget > 0 && too_small())) {
     return "budget must be 0 (dense) or at least sink + 64 + 12 + tile tokens: raise it, or lower the tile or the sink";
   }
   if (std::isnan(params.boundary_threshold)) return "boundary_threshold is not a number";
@@ -165,7 +168,8 @@ const char* check(const Params& params, const Tensors& tensors) {
     return "query, key, value, out, key_cache and value_cache are all needed";
   }
   const bool sparse = params.budget > 0 && params.window == 0;
-  if ((sparse || params.finds_boundaries) && !tensors.boundaries) return "a budget needs the boundaries buffer";
+  if ((sparse || params.finds_boundaries) && !tensors.boundaries)
+    return "a budget, or finds_boundaries, needs the boundaries buffer";
   if (sparse && params.selector == Selector::kChunk && !tensors.summaries)
     return "selection by chunks needs the summaries";
   return nullptr;
