@@ -272,7 +272,7 @@ def check_shapes(
     }
     if options.keeps_summaries:
         expected["summaries"] = (kv_heads, blocks, options.summary_vectors, head_dim)
-    if options.budget > 0:
+    if options.budget > 0 or options.finds_boundaries:
         expected["boundaries"] = (blocks + 1,)
     for name, shape in expected.items():
         found = getattr(state, name)
@@ -325,6 +325,8 @@ def _implementation(
         raise EdgerunError(f"dtype is {query.dtype}; the op computes float32 and float16, the reference any")
     if out is None:
         out = query.new_empty(_result_shape(query))
+    if tuple(out.shape) != _result_shape(query) or out.dtype != query.dtype:
+        raise EdgerunError(f"out is {list(out.shape)} {out.dtype}; expected {list(_result_shape(query))} {query.dtype}")
     if not all(t.is_contiguous() for t in (key_cache, value_cache, summaries, boundaries, out)):
         raise EdgerunError("the state and the result must be contiguous, since the kernel writes them in place")
     inputs = (query.contiguous(), key.contiguous(), value.contiguous())

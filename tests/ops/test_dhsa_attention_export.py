@@ -8,6 +8,7 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.schema import KernelCall, Tensor
 from torch import nn
 
+from edgerun.errors import EdgerunError
 from edgerun.ops import dhsa_attention as op
 from edgerun.recipe import DhsaOptions
 from edgerun.techniques.dhsa import LayerAttention, layer_options
@@ -91,3 +92,14 @@ def test_out_overload_fills_what_it_is_given() -> None:
     result = torch.ops.edgerun.dhsa_attention.out(*arguments, out=out)
     assert result.data_ptr() == out.data_ptr()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("wrong", [{"size": (1, 3, HEADS, HEAD_DIM)}, {"dtype": torch.float16}])
+def test_out_overload_refuses_another_shape_or_dtype(wrong: dict) -> None:
+    case = make_case(small_options(), 200)
+    state = case.new_state()
+    size = op.attend(*case.rows(0, 200), state, torch.tensor([0]), case.options).shape
+    out = torch.empty(**({"size": size} | wrong))
+    tensors = (state.key_cache, state.value_cache, state.summaries, state.boundaries, torch.tensor([0]))
+    with pytest.raises(EdgerunError, match=r"out is .*; expected"):
+        torch.ops.edgerun.dhsa_attention.out(*case.rows(0, 200), *tensors, *case.options.arguments(), out=out)
