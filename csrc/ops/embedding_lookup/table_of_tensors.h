@@ -9,11 +9,11 @@
 
 namespace edgerun::embedding {
 
-// Nothing when the tensors are not a table: [vocab, hidden] float, half or int8, with scales [vocab] for int8 alone.
+// Nothing when the tensors are not a table: [vocab, hidden] float, half or int8, not empty, with scales [vocab] for int8 alone.
 inline std::optional<Table> table_of(const executorch::aten::Tensor& table,
                                      const executorch::aten::optional<executorch::aten::Tensor>& scales) {
   using executorch::aten::ScalarType;
-  if (table.dim() != 2) return std::nullopt;
+  if (table.dim() != 2 || table.numel() == 0) return std::nullopt;
   const bool is_int8 = table.scalar_type() == ScalarType::Char;
   if (scales.has_value() != is_int8) return std::nullopt;
   if (is_int8 && (scales->scalar_type() != ScalarType::Float || scales->numel() != table.size(0))) return std::nullopt;
