@@ -175,9 +175,23 @@ def main() -> None:
     if not args.report:
         part, parts = (int(number) for number in args.part.split("/"))
         run_cells(model, tokenizer, cells, args.seed, args.raw, weights, (part, parts))
-    perplexity = [bits_per_byte(model, length) for length in args.perplexity]
-    for row in perplexity:
-        print(row)
+    rows = read_rows(args.raw, args.seed, weights)
+    perplexity = [r["value"] for r in rows if r["task"] == "perplexity" and r["length"] in args.perplexity]
+    for length in sorted(set(args.perplexity) - {value["length"] for value in perplexity}):
+        value = bits_per_byte(model, length)
+        row = {
+            "task": "perplexity",
+            "length": length,
+            "seed": args.seed,
+            "index": 0,
+            "weights": weights,
+            "value": value,
+        }
+        with args.raw.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        perplexity.append(value)
+    for value in perplexity:
+        print(value)
     records = table(read_rows(args.raw, args.seed, weights), cells)
     if args.result:
         args.result.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +199,7 @@ def main() -> None:
             "model": "edgerun/zoo/text",
             "weights_sha256": weights,
             "command": "python bench/evaluate_zoo_text.py "
-            + " ".join(sys.argv[1:]).replace(str(args.raw), args.raw.name),
+            + " ".join(a for a in sys.argv[1:] if a != "--report").replace(str(args.raw), args.raw.name),
             "commit": subprocess.run(
                 ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
             ).stdout.strip(),

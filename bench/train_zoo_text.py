@@ -115,8 +115,8 @@ PLAIN_TEXT_SHARE = (0.15, 0.08)
 class Samples:
     """Draws training sequences: index n of a seed is always the same sequence."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, most_questions: int = 24) -> None:
+        self.seed, self.most_questions = seed, most_questions
         self.text = b"\n".join(read_split(held_out=False))
 
     def real_lines(self, rng: random.Random, count: int) -> list[str]:
@@ -125,7 +125,7 @@ class Samples:
         return [text[i : i + 90] for i in range(0, len(text), 90)]
 
     def document(self, rng: random.Random, length: int, index: int) -> Document:
-        most = max(1, min(24, length // 260))
+        most = max(1, min(self.most_questions, length // 260))
         questions = rng.randint(max(1, most // 3), most)
         kind = rng.choices(list(SHARES), [short if length <= 2048 else long for short, long in SHARES.values()])[0]
         if kind in ("multikey_2", "multikey_3"):
@@ -278,7 +278,7 @@ def train(args: argparse.Namespace) -> None:
         averaged = state["averaged"]
         optimiser.load_state_dict(state["optimiser"])
         step, elapsed_before = state["step"], state["elapsed"]
-    samples = Samples(args.seed)
+    samples = Samples(args.seed, args.most_questions)
     started = saved = time.monotonic()
     total = args.minutes * 60
     log = (args.out / "log.jsonl").open("a")
@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=5e-4, help="highest learning rate")
     parser.add_argument("--decay", type=float, default=0.4, help="last part of the time, in which the rate falls to 0")
     parser.add_argument("--context-share", type=float, help="later share of the steps at the full context")
+    parser.add_argument("--most-questions", type=int, default=24, help="fewer leave more room for needles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=pathlib.Path, help="write the checkpoint there instead of training")
     parser.add_argument("--averaged", action="store_true", help="export the moving average of the weights")
