@@ -194,6 +194,7 @@ class BundleWriter:
             if self.out.exists():
                 check_target(self.out, self._overwrite)
                 aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old.", dir=self.out.parent))
+                undo.callback(lambda: None if any(aside.iterdir()) else aside.rmdir())
                 self.out.replace(aside / "bundle")
                 undo.callback(lambda: (aside / "bundle").replace(self.out))
                 self.folder.replace(self.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pathlib
 import resource
@@ -198,6 +199,22 @@ def test_full_disk_keeps_the_old_bundle(out: pathlib.Path, request: pytest.Fixtu
     with pytest.raises(BundleError):
         write(out, build="cd" * 32, overwrite=True)
     assert Bundle.open(out).build == BUILD
+
+
+def test_failed_move_keeps_the_old_bundle_and_nothing_else(out: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(out)
+    replace = pathlib.Path.replace
+
+    def fail_to_publish(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if target == out and self.name != "bundle":
+            raise OSError(errno.EIO, "input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", fail_to_publish)
+    with pytest.raises(BundleError, match="cannot write"):
+        write(out, build="cd" * 32, overwrite=True)
+    assert Bundle.open(out).build == BUILD
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_read_only_target(out: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
