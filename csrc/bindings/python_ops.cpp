@@ -86,7 +86,7 @@ Call parse_call(const py::args& arguments) {
   return call;
 }
 
-// `unused` stands in for the pointers that a stage does not read, so that the check of the others still holds.
+// A stage that does not append reads no key and no value: the query stands in for them in the check of the others.
 void require_valid(const Call& call, bool appends) {
   Tensors tensors = call.tensors;
   if (!appends) {

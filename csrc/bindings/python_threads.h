@@ -1,7 +1,10 @@
 // Threads for ops that Python calls directly: started for the call, gone after it.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -9,16 +12,25 @@
 
 namespace edgerun {
 
+// At most `threads` of them, however many tasks there are, and fewer where the system refuses to start more.
 inline Parallel python_threads(int64_t threads) {
   if (threads <= 1) return serial();
-  const auto run = [](void*, int64_t workers, ParallelBody body, void* body_context) {
+  const auto run = [](void* pool, int64_t workers, ParallelBody body, void* body_context) {
+    std::atomic<int64_t> next{0};
+    const auto take_tasks = [&] {
+      for (int64_t worker; (worker = next.fetch_add(1)) < workers;) body(body_context, worker);
+    };
+    const int64_t count = std::min(static_cast<int64_t>(reinterpret_cast<intptr_t>(pool)), workers);
     std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(workers - 1));
-    for (int64_t worker = 1; worker < workers; ++worker) others.emplace_back(body, body_context, worker);
-    body(body_context, 0);
+    others.reserve(static_cast<size_t>(std::max<int64_t>(count, 1) - 1));
+    try {
+      for (int64_t started = 1; started < count; ++started) others.emplace_back(take_tasks);
+    } catch (const std::system_error&) {  // the tasks are shared out all the same
+    }
+    take_tasks();
     for (std::thread& other : others) other.join();
   };
-  return Parallel{run, nullptr, threads};
+  return Parallel{run, reinterpret_cast<void*>(static_cast<intptr_t>(threads)), threads};
 }
 
 }  // namespace edgerun
