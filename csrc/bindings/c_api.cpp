@@ -27,8 +27,12 @@ using edgerun::StatusCode;
 
 thread_local std::string last_error;
 
+// A message quotes names of a manifest; whatever stands in them, it stays one line.
 edgerun_status report(const Status& status) {
-  if (!status.ok()) last_error = status.message();
+  if (!status.ok()) {
+    last_error = status.message();
+    for (char& c : last_error) c = static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? ' ' : c;
+  }
   return static_cast<edgerun_status>(status.code());
 }
 
@@ -46,6 +50,7 @@ edgerun_status guarded(const Body& body) noexcept {
       return report(Status(StatusCode::kInternal, std::string("unexpected: ") + error.what()));
     }
   } catch (...) {
+    last_error.clear();
     return EDGERUN_OUT_OF_MEMORY;  // not even the message could be kept
   }
 }

@@ -324,6 +324,10 @@ def negative_tail(manifest: dict) -> None:
     manifest["recipe"]["dhsa"]["dense_tail"] = -1000
 
 
+def name_of_two_lines(manifest: dict) -> None:
+    manifest["programs"][0]["file"] = "one\ntwo"
+
+
 def huge_vocabulary(manifest: dict) -> None:
     manifest["tokens"]["vocab_size"] = 2**62
 
@@ -340,6 +344,7 @@ def huge_vocabulary(manifest: dict) -> None:
         (foreign_operator, "needs the operator acme::turbo, which no loaded library defines: load the library"),
         (no_context, "no usable 'context.max_context'"),
         (negative_tail, "says recipe.dhsa.dense_tail = -1000; it must be at least 0"),
+        (name_of_two_lines, "no size and hash for 'one two'"),
         (huge_vocabulary, f"does not return the logits of the manifest's {2**62} tokens"),
     ],
 )
