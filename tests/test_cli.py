@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from edgerun import cli
 from edgerun.bundle import Bundle
+from edgerun.commands.common import positive_list
 from edgerun.report import Report
 from tests.shared_bundle import RECIPE, SharedBundle, changed_bundle, shared_bundle
 
@@ -159,3 +161,10 @@ def test_export_finds_the_bundle_that_is_there(tiny: SharedBundle, capsys: pytes
     size = ["--max-context", "256", "--prefill-slice", "64"]
     assert cli.main(["export", str(tiny.checkpoint), "-o", str(tiny.path), *dhsa, *size]) == 0
     assert (tiny.path / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_lists_of_numbers_may_be_doublings() -> None:
+    assert positive_list("512..8192") == (512, 1024, 2048, 4096, 8192)
+    assert positive_list("1,3..13,7") == (1, 3, 6, 12, 7)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"write 100\.\.512"):
+        positive_list("512..100")

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_list,
         default=(512, 1024, 2048, 4096, 8192),
         metavar="N,N",
-        help="default: 512,1024,2048,4096,8192, as far as the context goes",
+        help="as 512,2048 or 512..8192, doubling; default: 512..8192, as far as the context goes",
     )
     parser.add_argument(
         "-n",

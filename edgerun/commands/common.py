@@ -109,8 +109,17 @@ def positive(text: str) -> int:
 
 
 def positive_list(text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1, as "512,1024,2048". Raises ArgumentTypeError for anything else."""
-    return tuple(positive(part) for part in text.split(","))
+    """Whole numbers of at least 1, as "512,1024" or as doublings, "512..4096". Raises ArgumentTypeError otherwise."""
+    values: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        value, most = positive(first), positive(last if dots else first)
+        if most < value:
+            raise argparse.ArgumentTypeError(f"{part!r} ends below its beginning; write {most}..{value}")
+        while value <= most:
+            values.append(value)
+            value *= 2
+    return tuple(values)
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
