@@ -50,6 +50,8 @@ def export_bundle(
             model = load(source, recipe, progress)
         lowered = _lower(source, model, recipe, build, writer, progress)
         memory = memory.with_planned_bytes(lowered.planned_bytes)
+        if memory_limit_bytes is not None:
+            memory.require(memory_limit_bytes)  # again: the program may plan more than was foreseen
         _copy_tokenizer(source, writer)
         facts = manifest(source, model, recipe, build, lowered, golden) | {"memory_plan": dataclasses.asdict(memory)}
         del model

@@ -24,7 +24,7 @@
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
 //   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
 //   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the
-//   cache's dtype. Summaries of incomplete micro-blocks are not defined.
+//   cache's dtype, a variance in half precision at most as 65504. Summaries of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
@@ -55,8 +55,9 @@
 //   No scale but in kMoments: it does not change the order of the others.
 //
 // Laws (tests/ops/test_dhsa_attention.py): after n tokens cache, summaries and boundaries are bit-identical for every
-//   partition of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs; nothing depends
-//   on threads; a list that is the dense list gives the dense output bit for bit.
+//   partition of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs (where
+//   dense_tail is 0: that rule looks at the size of the call); nothing depends on threads; a list that is
+//   the dense list gives the dense output bit for bit.
 #pragma once
 
 #include <cstddef>
