@@ -178,12 +178,12 @@ class Samples:
         return piece
 
 
-def spread_positions(rng: random.Random, count: int) -> torch.Tensor:
-    """Positions 0 to CONTEXT - 1 with skips at a few random places: distances of a long context at a short one's cost.
+def spread_positions(rng: random.Random, count: int, context: int) -> torch.Tensor:
+    """Positions 0 to context - 1 with skips at a few random places: distances of a long context at a short one's cost.
 
     After Zhu et al., arXiv 2309.10400 (PoSE), without its fixed chunks.
     """
-    spare = CONTEXT - count
+    spare = context - count
     cuts = rng.randint(0, 3)
     if spare <= 0 or cuts == 0:
         return torch.arange(count)
@@ -241,8 +241,9 @@ def logits_of(weights: dict[str, torch.Tensor], ids: torch.Tensor, positions: to
 # ---------------------------------------------------------------- training
 
 
-# (bytes, sequences a step, share of steps early, share of steps later)
-LENGTHS = ((1024, 8, 0.40, 0.12), (2048, 4, 0.40, 0.28), (4096, 2, 0.15, 0.20), (8192, 1, 0.05, 0.40))
+# (bytes, sequences a step, share of steps early, share of steps later); the last, of --context bytes, follows.
+LENGTHS = ((1024, 8, 0.40, 0.12), (2048, 4, 0.40, 0.28), (4096, 2, 0.15, 0.20))
+CONTEXT_SHARES = (0.05, 0.40)
 EARLY_FRACTION = 0.15
 WARM_UP_STEPS = 20
 
@@ -287,24 +288,26 @@ def train(args: argparse.Namespace) -> None:
     while (elapsed := elapsed_before + time.monotonic() - started) < total and not stopped:
         began = time.monotonic()
         rng = seeded_random(TRAINING_SPLIT, "step", args.seed, step)
-        shares = [early if elapsed < EARLY_FRACTION * total else late for _, _, early, late in LENGTHS]
-        if args.context_share is not None and elapsed >= EARLY_FRACTION * total:
+        early = elapsed < EARLY_FRACTION * total and not args.no_early
+        lengths = [*LENGTHS, (args.context, 1, *CONTEXT_SHARES)]
+        shares = [first if early else later for _, _, first, later in lengths]
+        if args.context_share is not None and not early:
             rest = sum(shares[:-1]) / (1 - args.context_share)
             shares = [*(share / rest for share in shares[:-1]), args.context_share]
-        length, batch = rng.choices([(n, b) for n, b, _, _ in LENGTHS], shares)[0]
+        length, batch = rng.choices([(n, b) for n, b, _, _ in lengths], shares)[0]
         pieces = [samples.draw(length, step * 8 + i) for i in range(batch)]
         width = max(len(p.ids) for p in pieces)
         ids = torch.tensor([p.ids + [EOS] * (width - len(p.ids)) for p in pieces])
         mass = torch.tensor([p.weights + [0.0] * (width - len(p.ids)) for p in pieces])[:, 1:]
-        spread = length < CONTEXT and rng.random() < 0.6
-        positions = torch.stack(
-            [spread_positions(rng, width - 1) if spread else torch.arange(width - 1) for _ in pieces]
-        )
+        spread = length < args.context and rng.random() < 0.6
+        reach = args.context if spread else 0
+        positions = torch.stack([spread_positions(rng, width - 1, reach) for _ in pieces])
         rate = learning_rate(step, elapsed, total, args.peak, args.decay)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        logits = logits_of(weights, ids[:, :-1], positions)
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(mass.shape)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            logits = logits_of(weights, ids[:, :-1], positions)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(mass.shape)
         # Each sequence counts alike, however many answers it holds.
         loss = ((losses * mass).sum(1) / mass.sum(1).clamp(min=1e-6)).mean()
         optimiser.zero_grad(set_to_none=True)
@@ -378,6 +381,13 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=5e-4, help="highest learning rate")
     parser.add_argument("--decay", type=float, default=0.4, help="last part of the time, in which the rate falls to 0")
     parser.add_argument("--context-share", type=float, help="later share of the steps at the full context")
+    parser.add_argument(
+        "--context", type=int, default=CONTEXT, help="bytes of the longest sequences, questions included"
+    )
+    parser.add_argument(
+        "--no-early", action="store_true", help="later shares from the start: the model is trained already"
+    )
+    parser.add_argument("--bf16", action="store_true", help="matrix products and attention in bfloat16 (autocast)")
     parser.add_argument("--most-questions", type=int, default=24, help="fewer leave more room for needles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=pathlib.Path, help="write the checkpoint there instead of training")

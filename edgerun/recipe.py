@@ -27,6 +27,7 @@ class DhsaOptions:
     boundary_threshold: float = 0.25
     pooling: Literal["mean", "sqrt", "centred", "minmax", "moments"] = "moments"
     query_pooling: Literal["mean", "max"] = "max"
+    refine: int = 16  # channels of the keys that a single query (decode) reads to rank the best again; 0: never
     selector: Literal["chunk", "block-topk", "window-sink"] = "chunk"  # block-topk: fixed chunking, mean pooling
 
     def minimum_budget(self) -> int:
@@ -38,9 +39,10 @@ class DhsaOptions:
             raise ExportError(f"tile is {self.tile} tokens; it must be at least 1")
         if self.sink < 0 or self.sink % MICRO_BLOCK:
             raise ExportError(f"sink is {self.sink} tokens; it must be a multiple of {MICRO_BLOCK}")
-        if self.dense_tail < 0 or self.dense_layers < 0:
+        if self.dense_tail < 0 or self.dense_layers < 0 or self.refine < 0:
             raise ExportError(
-                f"dense_tail is {self.dense_tail} and dense_layers {self.dense_layers}; neither can be below 0"
+                f"dense_tail is {self.dense_tail}, dense_layers {self.dense_layers} and refine {self.refine}; "
+                "none can be below 0"
             )
         if self.budget < self.minimum_budget():
             raise ExportError(

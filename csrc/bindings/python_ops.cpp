@@ -47,9 +47,9 @@ Type as(const py::args& arguments, size_t index) {
   return arguments[index].cast<Type>();
 }
 
-// The 29 arguments that the three functions share. Raises ValueError for what dhsa::check refuses.
+// The 30 arguments that the three functions share. Raises ValueError for what dhsa::check refuses.
 Call parse_call(const py::args& arguments) {
-  constexpr size_t kCount = 29;
+  constexpr size_t kCount = 30;
   if (arguments.size() < kCount) {
     throw py::value_error("dhsa_attention takes " + std::to_string(kCount) + " arguments, not " +
                           std::to_string(arguments.size()));
@@ -82,6 +82,7 @@ Call parse_call(const py::args& arguments) {
   params.pooling = static_cast<edgerun::dhsa::Pooling>(as<int>(arguments, i++));
   params.query_pooling = static_cast<edgerun::dhsa::QueryPooling>(as<int>(arguments, i++));
   params.selector = static_cast<edgerun::dhsa::Selector>(as<int>(arguments, i++));
+  params.refine = as<int64_t>(arguments, i++);
   call.parallel = edgerun::python_threads(as<int64_t>(arguments, i++));
   return call;
 }
@@ -129,8 +130,8 @@ NestedLists dhsa_select(const py::args& arguments) {
 }
 
 std::pair<int64_t, int64_t> dhsa_attend(const py::args& arguments) {
-  constexpr size_t kLists = 29;
-  if (arguments.size() != kLists + 1) throw py::value_error("dhsa_attend takes the op's 29 arguments and the lists");
+  constexpr size_t kLists = 30;
+  if (arguments.size() != kLists + 1) throw py::value_error("dhsa_attend takes the op's 30 arguments and the lists");
   const Call call = parse_call(arguments);
   require_valid(call, false);
   if (!call.tensors.out) throw py::value_error("dhsa_attend needs out");

@@ -192,6 +192,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--query-pooling", choices=("mean", "max"), default=dhsa.query_pooling, help="default: %(default)s"
     )
     sparse.add_argument(
+        "--refine",
+        type=int,
+        default=dhsa.refine,
+        metavar="N",
+        help="key channels read to rank the best again in decode, 0: none; default: %(default)s",
+    )
+    sparse.add_argument(
         "--selector", choices=("chunk", "block-topk", "window-sink"), default=dhsa.selector, help="default: %(default)s"
     )
 

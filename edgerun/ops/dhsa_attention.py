@@ -68,7 +68,7 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) summaries, "
     "Tensor(d!) boundaries, Tensor input_pos, float scale, float softcap, int window, int budget, int tile, int sink, "
     "int dense_tail, int chunking, float boundary_threshold, bool finds_boundaries, int pooling, int query_pooling, "
-    "int selector"
+    "int selector, int refine"
 )
 _LIBRARY = torch.library.Library("edgerun", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"dhsa_attention({_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
@@ -115,6 +115,7 @@ class _Native(Protocol):
         pooling: int,
         query_pooling: int,
         selector: int,
+        refine: int,
         threads: int,
         /,
     ) -> tuple[int, int]:
@@ -360,7 +361,7 @@ def _fake(
 def _options(scalars: Sequence[float]) -> AttentionOptions:
     """AttentionOptions of the schema's scalars; checks them."""
     scale, softcap, window, budget, tile, sink, dense_tail = scalars[:7]
-    chunking, boundary_threshold, finds_boundaries, pooling, query_pooling, selector = scalars[7:]
+    chunking, boundary_threshold, finds_boundaries, pooling, query_pooling, selector, refine = scalars[7:]
     try:
         return AttentionOptions(
             scale=scale,
@@ -376,6 +377,7 @@ def _options(scalars: Sequence[float]) -> AttentionOptions:
             pooling=Pooling(int(pooling)),
             query_pooling=QueryPooling(int(query_pooling)),
             selector=Selector(int(selector)),
+            refine=int(refine),
         )
     except ValueError as error:
         raise EdgerunError(f"dhsa_attention: {error}; see csrc/ops/dhsa_attention/dhsa_attention.h") from error

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from edgerun.ops.dhsa_attention_types import (
     BOUNDARY_SPAN,
     BOUNDARY_WINDOW,
+    REFINE_FACTOR,
+    REFINE_LEAST,
     AttentionOptions,
     Chunking,
     Pooling,
@@ -204,7 +206,7 @@ def _attend(
     rows = torch.index_select(query[0], 1, row.reshape(-1)).to(_arithmetic(query.dtype))
     rows = rows.reshape(kv_heads, group, count, width, head_dim)
 
-    listed, length = _listed_blocks(rows, summaries, boundaries, groups, blocks, tokens, options)  # [Hkv, G, M]
+    listed, length = _listed_blocks(rows, key_cache, summaries, boundaries, groups, tokens, options)  # [Hkv, G, M]
     # Listed blocks first, ascending: keys are distinct, so every top-k agrees on the order.
     index = torch.arange(blocks, dtype=torch.int32)
     order = torch.where(listed, blocks - index, -index)
@@ -246,15 +248,15 @@ def _attend(
 
 def _listed_blocks(
     rows: torch.Tensor,
+    key_cache: torch.Tensor,
     summaries: torch.Tensor,
     boundaries: torch.Tensor,
     groups: _Groups,
-    blocks: int,
     tokens: int,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, int]:
     """Which micro-blocks each group's list holds, [Hkv, G, M], and the most that any list can hold."""
-    kv_heads = rows.shape[0]
+    kv_heads, blocks = key_cache.shape[:2]
     index = torch.arange(blocks).unsqueeze(0)  # [1, M]
     before_end = index * MICRO_BLOCK < groups.end.unsqueeze(1)  # [G, M]
     if options.window > 0:
@@ -277,6 +279,8 @@ def _listed_blocks(
         scores = index.to(rows.dtype).unsqueeze(0).expand(kv_heads, local.shape[0], -1)
     else:
         scores = _block_scores(rows, summaries, flags, groups, local, sink, options)
+        if options.refines(1):
+            scores = _rank_again(scores, candidate, room, rows, key_cache, summaries, groups, local, options)
     longest = min(blocks, options.budget // MICRO_BLOCK + 1)
     chosen = _best(scores, candidate, room, longest)
     forced = torch.logical_and(before_end, torch.logical_or(index < sink, index >= local.unsqueeze(1)))
@@ -297,6 +301,57 @@ def _best(scores: torch.Tensor, candidate: torch.Tensor, room: torch.Tensor, lon
     nth = torch.cumsum(equal.to(torch.int32), dim=2)
     chosen = torch.logical_or(above, torch.logical_and(equal, nth <= left))
     return torch.logical_and(chosen, (room > 0).reshape(1, -1, 1))
+
+
+def _rank_again(
+    scores: torch.Tensor,
+    candidate: torch.Tensor,
+    room: torch.Tensor,
+    rows: torch.Tensor,
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    groups: _Groups,
+    local: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Scores [Hkv, G, M], where in a group of one row the best candidates' are refined and the others' lose.
+
+    Only the first group and the last (or, where that is empty, the one before) can have a single row beside others.
+    """
+    kv_heads, blocks, head_dim, _ = key_cache.shape
+    count = scores.shape[1]
+    longest = min(blocks, max(REFINE_FACTOR * (options.budget // MICRO_BLOCK), REFINE_LEAST))
+    again = _best(scores, candidate, _clamp(room * REFINE_FACTOR, min(blocks, REFINE_LEAST), longest), longest)
+    single = [*range(count)] if options.tile == 1 else sorted({0, max(0, count - 2), count - 1})
+    chosen = torch.tensor(single)
+    queries = torch.index_select(rows[:, :, :, 0], 2, chosen) * options.scale  # [Hkv, heads, G', D]
+    if options.query_pooling == QueryPooling.MEAN:
+        queries = queries.mean(dim=1, keepdim=True)
+    heads = queries.shape[1]
+    queries = queries.reshape(kv_heads, heads * len(single), head_dim)
+    mean, variance = (summaries[:, :, i].to(queries.dtype).transpose(1, 2) for i in range(2))  # [Hkv, D, M]
+
+    def moments(q: torch.Tensor) -> torch.Tensor:
+        products = torch.matmul(q, mean) + torch.matmul(q * q * 0.5, variance)
+        return products.reshape(kv_heads, heads, len(single), blocks)
+
+    in_past = torch.arange(blocks).unsqueeze(0) < torch.index_select(local, 0, chosen).unsqueeze(1)  # [G', M]
+    everything = moments(queries)
+    everything = torch.where(in_past, everything, torch.full_like(everything, _NEVER))
+    highest = everything.amax(dim=3, keepdim=True)
+    everything = highest + torch.log(torch.exp(everything - highest).sum(dim=3, keepdim=True))
+    magnitude = queries.abs()
+    least = torch.topk(magnitude, min(options.refine, head_dim), dim=2).values.amin(dim=2, keepdim=True)
+    large = torch.where(magnitude >= least, queries, torch.zeros_like(queries))
+    keys = key_cache.to(queries.dtype).transpose(1, 2).reshape(kv_heads, head_dim, blocks * MICRO_BLOCK)
+    logits = torch.matmul(large, keys).reshape(kv_heads, heads, len(single), blocks, MICRO_BLOCK)
+    top = logits.amax(dim=4, keepdim=True)
+    mass = torch.log(torch.exp(logits - top).mean(dim=4)) + top.squeeze(4) + moments(queries - large)
+    refined = torch.where(in_past, mass - everything, torch.full_like(mass, _NEVER)).amax(dim=1)  # [Hkv, G', M]
+    slot = torch.tensor([single.index(group) if group in single else 0 for group in range(count)])
+    refined = torch.index_select(refined, 1, slot)
+    refined = torch.where(again, refined, torch.full_like(refined, _NEVER))
+    return torch.where((groups.end - groups.start == 1).reshape(1, count, 1), refined, scores)
 
 
 def _block_scores(

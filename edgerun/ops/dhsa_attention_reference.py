@@ -17,6 +17,8 @@ import torch
 from edgerun.ops.dhsa_attention_types import (
     BOUNDARY_SPAN,
     BOUNDARY_WINDOW,
+    REFINE_FACTOR,
+    REFINE_LEAST,
     AttentionOptions,
     AttentionState,
     Chunking,
@@ -186,6 +188,11 @@ def _block_list(
         scores = torch.arange(sink, local, dtype=queries.dtype)
     else:
         scores = _block_scores(queries, state, head, start, sink, local, options)
+    if options.selector == Selector.CHUNK and options.refines(queries.shape[1]):
+        again = torch.sort(scores, descending=True, stable=True).indices[: max(REFINE_FACTOR * count, REFINE_LEAST)]
+        scores = torch.full_like(scores, -math.inf).index_copy(
+            0, again, _refined_scores(queries, state, head, start, local, again + sink, options)
+        )
     best_first = torch.sort(scores, descending=True, stable=True).indices  # equal scores: lower id first
     chosen = (best_first[:count] + sink).tolist()
     blocks = sorted([*range(sink), *chosen, *range(local, past_the_end)])
@@ -236,6 +243,29 @@ def _block_scores(
         if options.pooling in (Pooling.SQRT, Pooling.CENTRED):
             scores = (MICRO_BLOCK * size).sqrt() * scores
     return scores.amax(dim=0)[chunk]
+
+
+def _refined_scores(
+    queries: torch.Tensor,
+    state: AttentionState,
+    head: int,
+    start: int,
+    local: int,
+    blocks: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Scores of given micro-blocks: a query's largest channels meet the keys, the others the moments. [len(blocks)]"""
+    pooled = options.scale * pool_queries(queries, start, options.query_pooling)  # [Q, D]
+    mean, variance = state.summaries[head, :local].to(pooled.dtype).unbind(1)  # [local, D]
+    everything = (pooled @ mean.T + 0.5 * (pooled * pooled) @ variance.T).logsumexp(dim=1, keepdim=True)
+    least = pooled.abs().sort(dim=1, descending=True).values[:, : options.refine][:, -1:]  # [Q, 1]
+    large = torch.where(pooled.abs() >= least, pooled, torch.zeros_like(pooled))
+    small = pooled - large
+    rest = small @ mean[blocks].T + 0.5 * (small * small) @ variance[blocks].T  # [Q, blocks]
+    keys = state.key_cache[head, blocks].to(pooled.dtype)  # [blocks, D, 16]
+    logits = torch.einsum("qd,bdi->qbi", large, keys)
+    mass = logits.logsumexp(dim=2) - math.log(MICRO_BLOCK) + rest
+    return (mass - everything).amax(dim=0)
 
 
 def pool_queries(queries: torch.Tensor, start: int, pooling: QueryPooling) -> torch.Tensor:
@@ -329,4 +359,5 @@ def tie_gap(judge: BlockList, blocks: Sequence[int]) -> float:
         return math.inf
     at_the_cut = float(judge.scores.sort(descending=True).values[judge.chosen - 1])
     distances = [abs(float(judge.scores[block - judge.first_candidate]) - at_the_cut) for block in different]
-    return max(distances) / max(float(judge.scores.abs().max()), 1e-30)
+    ranked = judge.scores[judge.scores > -math.inf]  # -inf: what was not ranked again
+    return max(distances) / max(float(ranked.abs().max()), 1e-30)

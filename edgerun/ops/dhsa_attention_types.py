@@ -15,6 +15,7 @@ from edgerun.errors import EdgerunError
 from edgerun.recipe import BOUNDARY_REACH, MAX_CHUNK, MICRO_BLOCK, DhsaOptions
 
 BOUNDARY_WINDOW = 4  # keys averaged on either side of a gap
+REFINE_FACTOR, REFINE_LEAST = 4, 256  # micro-blocks ranked again: so many times those chosen, at least so many
 BOUNDARY_SPAN = 8  # a cut may be caused by a gap this many tokens from its edge
 MAX_BLOCKS = 1 << 16  # micro-block ids are 16 bits wide
 CACHE_DTYPES = {torch.float32: 0, torch.float16: 1}  # the op's; the reference takes any float dtype
@@ -68,13 +69,14 @@ class AttentionOptions:
     pooling: Pooling = Pooling.MEAN
     query_pooling: QueryPooling = QueryPooling.MAX
     selector: Selector = Selector.CHUNK
+    refine: int = 0  # key channels, 0: none
 
     def __post_init__(self) -> None:
         """Raises EdgerunError for settings that the op cannot serve."""
-        if self.window < 0 or self.softcap < 0 or self.dense_tail < 0 or self.budget < 0:
+        if self.window < 0 or self.softcap < 0 or self.dense_tail < 0 or self.budget < 0 or self.refine < 0:
             raise EdgerunError(
-                f"window {self.window}, softcap {self.softcap}, dense_tail {self.dense_tail} and budget {self.budget} "
-                "must each be 0 (off) or more"
+                f"window {self.window}, softcap {self.softcap}, dense_tail {self.dense_tail}, budget {self.budget} and "
+                f"refine {self.refine} must each be 0 (off) or more"
             )
         if self.tile < 1:
             raise EdgerunError(f"tile is {self.tile} tokens; it must be at least 1")
@@ -118,6 +120,7 @@ class AttentionOptions:
             pooling=Pooling.MEAN if dhsa.selector == "block-topk" else Pooling[dhsa.pooling.upper()],
             query_pooling=QueryPooling[dhsa.query_pooling.upper()],
             selector=Selector.RECENT if dhsa.selector == "window-sink" else Selector.CHUNK,
+            refine=dhsa.refine if dhsa.selector == "chunk" else 0,
         )
 
     @property
@@ -132,12 +135,16 @@ class AttentionOptions:
         """Whether calls write chunk summaries."""
         return self.budget > 0 and self.selector == Selector.CHUNK
 
+    def refines(self, rows: int) -> bool:
+        """Whether a query group of so many rows ranks its best candidates again, by their keys."""
+        return self.refine > 0 and rows == 1 and self.pooling == Pooling.MOMENTS
+
     @property
     def summary_vectors(self) -> int:
         """Vectors per micro-block: 2 with min-max (minimum, maximum) and moments (mean, variance) pooling, else 1."""
         return 2 if self.pooling in (Pooling.MINMAX, Pooling.MOMENTS) else 1
 
-    def arguments(self) -> tuple[float, float, int, int, int, int, int, int, float, bool, int, int, int]:
+    def arguments(self) -> tuple[float, float, int, int, int, int, int, int, float, bool, int, int, int, int]:
         """The values as the op's schema orders them, enums as plain integers."""
         return (
             float(self.scale),
@@ -153,6 +160,7 @@ class AttentionOptions:
             int(self.pooling),
             int(self.query_pooling),
             int(self.selector),
+            self.refine,
         )
 
 

@@ -184,6 +184,7 @@ def sparse_options(draw: st.DrawFn, tile: int | None = None, **fixed: object) ->
         "pooling": draw(st.sampled_from(Pooling)),
         "query_pooling": draw(st.sampled_from(QueryPooling)),
         "selector": draw(st.sampled_from([Selector.CHUNK, Selector.CHUNK, Selector.RECENT])),
+        "refine": draw(st.sampled_from([0, 4, 16])),
     }
     return AttentionOptions(**{**values, **fixed})  # type: ignore[arg-type]
 

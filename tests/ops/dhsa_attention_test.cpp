@@ -298,6 +298,7 @@ void test_outputs() {
         params.query_pooling = static_cast<QueryPooling>(variety & 1);
         params.dtype = static_cast<Dtype>(variety >> 1);
         params.selector = variety == 3 ? Selector::kRecent : Selector::kChunk;
+        params.refine = tile == 1 ? 5 : 100;
         expect_output(params, 211, 130, "sparse");
         expect_output(params, 340, 1, "sparse decode");
       }

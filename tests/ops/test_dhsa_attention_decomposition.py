@@ -78,6 +78,23 @@ def test_equals_the_reference_for_every_choice(
     assert_equals_reference(double(make_case(options, 330)), [200, 201, 270], EXACT)
 
 
+@pytest.mark.parametrize("query_pooling", QueryPooling)
+@pytest.mark.parametrize("tile", [1, 16, 64])
+def test_equals_the_reference_where_it_ranks_again(query_pooling: QueryPooling, tile: int) -> None:
+    options = AttentionOptions(
+        scale=0.25,
+        budget=172,
+        tile=tile,
+        finds_boundaries=True,
+        boundary_threshold=0.6,
+        pooling=Pooling.MOMENTS,
+        query_pooling=query_pooling,
+        refine=5,
+    )
+    # Groups of one row: in calls of one token, first in a call (255), and last (256, 321).
+    assert_equals_reference(double(make_case(options, 321)), [200, 201, 202, 255, 257], EXACT)
+
+
 @settings(max_examples=15)
 @given(case=cases(options=sparse_options(budget=0)), window=st.sampled_from([0, 1, 17, 64]), cut=st.integers(1, 399))
 def test_equals_the_reference_dense_and_windowed(case: Case, window: int, cut: int) -> None:

@@ -89,7 +89,7 @@ def arguments(**changes: float) -> list[float]:
     values: dict[str, float] = dict.fromkeys(pointers, BUFFER.data_ptr()) | dict.fromkeys(ones, 1)
     values |= {"capacity_blocks": 4, "input_pos": 0, "dtype": 0, "scale": 1.0, "softcap": 0.0, "window": 0, "budget": 0}
     values |= {"tile": 1, "sink": 0, "dense_tail": 0, "chunking": 0, "threshold": 0.0, "finds_boundaries": False}
-    values |= {"pooling": 0, "query_pooling": 0, "selector": 0, "threads": 1}
+    values |= {"pooling": 0, "query_pooling": 0, "selector": 0, "refine": 0, "threads": 1}
     return list((values | changes).values())
 
 
@@ -106,6 +106,7 @@ def arguments(**changes: float) -> list[float]:
         ({"dtype": 2}, "float32 or float16"),
         ({"scale": float("nan")}, "scale is not finite"),
         ({"selector": 7}, "none of its values"),
+        ({"refine": -1}, "number of channels"),
         ({"key_cache": 0}, "are all needed"),
         ({"budget": 200, "boundaries": 0}, "boundaries buffer"),
         ({"budget": 200, "summaries": 0}, "needs the summaries"),
@@ -117,7 +118,7 @@ def test_what_cannot_be_served_is_refused(changes: dict[str, float], message: st
 
 
 def test_a_missing_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes 29 arguments, not 28"):
+    with pytest.raises(ValueError, match="takes 30 arguments, not 29"):
         native_module().dhsa_attention(*arguments()[:-1])
 
 

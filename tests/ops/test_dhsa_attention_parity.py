@@ -216,6 +216,28 @@ def written_out_list(case: Case, head: int, start: int, end: int) -> list[int]:
             (-float(b) if o.selector == Selector.RECENT else -value, b) for b in range(first // 16, last // 16)
         ]
     room = (o.budget - o.sink - (end - local)) // 16
+
+    def again(query: torch.Tensor, b: int) -> float:
+        block, scaled = keys[head, 16 * b : 16 * b + 16], o.scale * query
+        limit = sorted(query.abs().tolist(), reverse=True)[: o.refine][-1]
+        largest = [d for d in range(len(query)) if abs(query[d]) >= limit]
+        others = [d for d in range(len(query)) if d not in largest]
+        exact = sum(math.exp(sum(float(scaled[d] * token[d]) for d in largest)) for token in block) / 16
+        spread = sum(float(scaled[d]) ** 2 * float(block[:, d].var(unbiased=False)) for d in others)
+        return math.log(exact) + sum(float(scaled[d] * block[:, d].mean()) for d in others) + spread / 2
+
+    def everything(query: torch.Tensor) -> float:
+        blocks = [keys[head, b : b + 16] for b in range(0, local, 16)]
+        spreads = [float((o.scale * query) ** 2 @ block.var(0, unbiased=False)) for block in blocks]
+        means = [float(o.scale * query @ block.mean(0)) for block in blocks]
+        return math.log(sum(math.exp(mean + spread / 2) for mean, spread in zip(means, spreads, strict=True)))
+
+    if o.refine and end - start == 1 and o.selector == Selector.CHUNK and o.pooling == Pooling.MOMENTS:
+        origins = [everything(query) for query in pooled]
+        candidates = [
+            (-max(again(query, b) - origin for query, origin in zip(pooled, origins, strict=True)), b)
+            for _, b in sorted(candidates)[: max(4 * room, 256)]
+        ]
     chosen = [b for _, b in sorted(candidates)[:room]]
     return sorted([*range(o.sink // 16), *chosen, *(b for b in range(local // 16, case.tokens) if 16 * b < end)])
 
@@ -223,6 +245,31 @@ def written_out_list(case: Case, head: int, start: int, end: int) -> list[int]:
 @settings(max_examples=20)
 @given(case=cases(tokens=st.integers(170, 400)))
 def test_reference_lists_equal_the_header_written_out(case: Case) -> None:
+    assert_equals_written_out(case)
+
+
+@pytest.mark.parametrize("tile", [1, 64])
+@pytest.mark.parametrize("query_pooling", QueryPooling)
+def test_the_second_ranking_equals_the_header_written_out(tile: int, query_pooling: QueryPooling) -> None:
+    options = small_options(tile=tile, pooling=Pooling.MOMENTS, refine=5, query_pooling=query_pooling)
+    assert_equals_written_out(make_case(options, 321, seed=3))
+
+
+def test_the_second_ranking_takes_the_first_ones_best() -> None:
+    """More candidates than it looks at: the list differs from ranking all of them, and from not ranking again."""
+    options = small_options(budget=172, pooling=Pooling.MOMENTS, refine=4)
+    case = make_case(options, 6400 + 1, kv_heads=1, head_dim=8, seed=1)
+    _, state = prefill(IMPLEMENTATIONS["native"], case, [6400])
+    query = case.query[:, :, -1:]
+    one = op.reference_lists(query.double(), state.to(torch.float64), 6400, options)[0][0]
+    assert one.scores is not None
+    assert int((one.scores > -math.inf).sum()) == 256 < len(one.scores)
+    assert IMPLEMENTATIONS["native"].lists(query, state, 6400, options)[0][0] == one.blocks
+    plain = dataclasses.replace(options, refine=0)
+    assert op.reference_lists(query, state, 6400, plain)[0][0].blocks != one.blocks
+
+
+def assert_equals_written_out(case: Case) -> None:
     case = dataclasses.replace(case, query=case.query.double(), key=case.key.double(), value=case.value.double())
     _, state = prefill(IMPLEMENTATIONS["reference"], case)
     lists = IMPLEMENTATIONS["reference"].lists(case.query, state, 0, case.options)

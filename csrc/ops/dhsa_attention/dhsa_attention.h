@@ -38,6 +38,9 @@
 //      selector kRecent: score = id (window + sink). selector kChunk: score = the score of the micro-block's chunk,
 //      so whole chunks in score order, and of the first that does not fit its leading micro-blocks. A chunk
 //      that straddles `sink` counts its micro-blocks from `sink` on only.
+//      refine > 0, kChunk with kMoments, and the group is one row (so always in decode, and with T = 1): the
+//      max(4 extra, 256) first micro-blocks in that order are scored again, one by one (see below), and extra of them
+//      chosen in the new order. A single query looks for single tokens, which the moments of 16 keys can hide.
 //   `sink` is a multiple of 16. budget >= sink + 64 + kBoundaryReach + tile, or the call is refused.
 //
 // Score of chunk c = {micro-blocks} for the pooled queries Q (float): max over q in Q of score(q, c), where with
@@ -49,6 +52,10 @@
 //             taken as normal, so log mean exp(scale * q . k) ~
 //             t(b) = scale * q . mean[b] + 1/2 scale^2 sum_d q_d^2 variance[b][d];
 //             score = log(sum_{b in c} exp t(b) / |c|) - log(sum_{b in [0, L)} exp t(b)).  Softcap is not considered.
+//   refined:  as kMoments for one micro-block b, but what the query's largest channels R = {d: |q_d| at least the
+//             refine-th largest} give is computed from the keys (after the idea of SparQ, arXiv 2312.04985):
+//             log(1/16 sum_{i in b} exp(scale sum_{d in R} q_d k[i][d])) + scale sum_{d not in R} q_d mean[b][d]
+//             + 1/2 scale^2 sum_{d not in R} q_d^2 variance[b][d]  - log(sum_{b in [0, L)} exp t(b)).
 //   Q: kQueryMean: one vector, the mean of the group's rows and of the KV head's query heads.
 //      kQueryMax:  for each query head of the KV head and each 16-row segment (absolute 16-grid) of the group, the mean
 //                  of its rows.
@@ -72,6 +79,8 @@ inline constexpr int64_t kMaxChunk = 64;       // tokens
 inline constexpr int64_t kBoundarySpan = 8;    // a cut may be caused by a gap this many tokens from its edge
 inline constexpr int64_t kBoundaryWindow = 4;  // keys averaged on either side of a gap
 inline constexpr int64_t kBoundaryReach = kBoundarySpan + kBoundaryWindow;
+inline constexpr int64_t kRefineFactor = 4;   // micro-blocks scored again: so many times those chosen,
+inline constexpr int64_t kRefineLeast = 256;  // and at least so many
 
 enum class Dtype : int { kFloat = 0, kHalf = 1 };
 enum class Chunking : int { kFixed = 0, kCosine = 1 };
@@ -105,6 +114,7 @@ struct Params {
   Pooling pooling = Pooling::kMean;
   QueryPooling query_pooling = QueryPooling::kQueryMax;
   Selector selector = Selector::kChunk;
+  int64_t refine = 0;  // channels of the keys that a second ranking reads in decode; 0: none
 };
 
 // Row-major, contiguous. query [Hq, S, D], key and value [Hkv, S, D], out [S, Hq, D] (ready for the output projection).

@@ -85,7 +85,7 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
                            const Tensor& boundaries, const Tensor& input_pos, double scale, double softcap,
                            int64_t window, int64_t budget, int64_t tile, int64_t sink, int64_t dense_tail,
                            int64_t chunking, double boundary_threshold, bool finds_boundaries, int64_t pooling,
-                           int64_t query_pooling, int64_t selector, Tensor& out) {
+                           int64_t query_pooling, int64_t selector, int64_t refine, Tensor& out) {
   const char* wrong = check_tensors(query, key, value, key_cache, value_cache, summaries, boundaries, input_pos, out,
                                     static_cast<Pooling>(pooling));
   ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out, "dhsa_attention: %s", wrong);
@@ -111,6 +111,7 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   params.pooling = static_cast<Pooling>(pooling);
   params.query_pooling = static_cast<QueryPooling>(query_pooling);
   params.selector = static_cast<Selector>(selector);
+  params.refine = refine;
 
   const SizesType sizes[4] = {1, static_cast<SizesType>(params.tokens), static_cast<SizesType>(params.query_heads),
                               static_cast<SizesType>(params.head_dim)};

@@ -149,6 +149,7 @@ const char* check(const Params& params, const Tensors& tensors) {
   if (params.tile < 1) return "tile must be at least 1 token";
   if (params.sink < 0 || params.sink % kMicroBlock != 0) return "sink must be a multiple of 16 tokens";
   if (params.dense_tail < 0) return "dense_tail must not be negative";
+  if (params.refine < 0) return "refine must be 0 (none) or a number of channels";
   constexpr int64_t kLocal = kMaxChunk + kBoundaryReach;
   const auto too_small = [&] {  // without the sum of sink and tile, which could overflow
     return params.budget - kLocal < params.sink || params.budget - kLocal - params.sink < params.tile;

@@ -41,6 +41,10 @@ struct Kernels {
   void (*score)(const float* queries, int64_t count, const float* low, const float* high, int64_t head_dim,
                 float* scores);
   void (*widen)(const uint16_t* halves, float* floats, int64_t count);
+  // log2 of sum_i 2^(sum_c weights[c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16], as what it
+  // peaks at and what is left: *sum in [1, 16], and the logarithm is *peak + log2(*sum).
+  void (*channel_mass)(const float* weights, const int32_t* channels, int64_t count, const void* key_block, Dtype dtype,
+                       float* peak, float* sum);
 };
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

@@ -438,12 +438,35 @@ void score(const float* queries, int64_t count, const float* low, const float* h
 
 void widen(const uint16_t* halves, float* floats, int64_t count) { halves_to_floats(halves, floats, count); }
 
+void channel_mass(const float* weights, const int32_t* channels, int64_t count, const void* key_block, Dtype dtype,
+                  float* peak, float* sum) {
+  Vector acc[kPerBlock] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    float widened[kMicroBlock];
+    const float* row = static_cast<const float*>(key_block) + channels[c] * kMicroBlock;
+    if (dtype == Dtype::kHalf) {
+      halves_to_floats(static_cast<const uint16_t*>(key_block) + channels[c] * kMicroBlock, widened, kMicroBlock);
+      row = widened;
+    }
+    for (int v = 0; v < kPerBlock; ++v) acc[v] += weights[c] * load(row + v * kLanes);
+  }
+  float scores[kMicroBlock];
+  for (int v = 0; v < kPerBlock; ++v) store(scores + v * kLanes, acc[v]);
+  float highest = scores[0];
+  for (int64_t i = 1; i < kMicroBlock; ++i) highest = scores[i] > highest ? scores[i] : highest;
+  for (int v = 0; v < kPerBlock; ++v) store(scores + v * kLanes, weight(acc[v] - highest));
+  float total = 0.0f;
+  for (int64_t i = 0; i < kMicroBlock; ++i) total += scores[i];
+  *peak = highest;
+  *sum = total;
+}
+
 #define EDGERUN_TEXT_OF(name) #name
 #define EDGERUN_TEXT(name) EDGERUN_TEXT_OF(name)
 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {EDGERUN_TEXT(EDGERUN_VARIANT), attend, score, widen};
+const Kernels kKernels = {EDGERUN_TEXT(EDGERUN_VARIANT), attend, score, widen, channel_mass};
 
 }  // namespace edgerun::dhsa::EDGERUN_VARIANT

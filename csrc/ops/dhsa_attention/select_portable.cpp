@@ -199,6 +199,70 @@ int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer&
   return count;
 }
 
+// What a second ranking reads of the pooled queries of one row: per query its largest channels, scaled to log2 units.
+struct Refinement {
+  float* weights;     // [Q, D], the first counts[q] of a row
+  int32_t* channels;  // [Q, D]
+  int32_t* counts;    // [Q]
+  float* magnitudes;  // [D]
+};
+
+int64_t refinement_floats(const Params& params) {
+  if (params.refine == 0 || params.pooling != Pooling::kMoments) return 0;
+  return group_size(params) * (2 * params.head_dim + 1) + params.head_dim;
+}
+
+Refinement refinement_at(const Params& params, float* scratch) {
+  const int64_t vectors = group_size(params) * params.head_dim;
+  int32_t* integers = reinterpret_cast<int32_t*>(scratch + vectors);
+  return Refinement{scratch, integers, integers + vectors,
+                    reinterpret_cast<float*>(integers + vectors + group_size(params))};
+}
+
+// Moves the largest channels of expanded queries [scale q, 1/2 scale^2 q^2] into the refinement: they become 0 here.
+void take_largest_channels(const Params& params, int64_t pooled, float* queries, const Refinement& refinement) {
+  const int64_t depth = params.head_dim;
+  const int64_t kept = std::min(params.refine, depth);
+  for (int64_t q = 0; q < pooled; ++q) {
+    float* linear = queries + q * 2 * depth;
+    float* magnitudes = refinement.magnitudes;
+    for (int64_t d = 0; d < depth; ++d) magnitudes[d] = std::isnan(linear[d]) ? 0.0f : std::fabs(linear[d]);
+    std::nth_element(magnitudes, magnitudes + (depth - kept), magnitudes + depth);
+    const float least = magnitudes[depth - kept];
+    int32_t count = 0;
+    for (int64_t d = 0; d < depth; ++d) {
+      if (!(std::fabs(linear[d]) >= least)) continue;
+      refinement.weights[q * depth + count] = linear[d] * 1.44269504f;
+      refinement.channels[q * depth + count++] = static_cast<int32_t>(d);
+      linear[d] = linear[depth + d] = 0.0f;
+    }
+    refinement.counts[q] = count;
+  }
+}
+
+// Scores `count` micro-blocks again, by ids, into ranked.
+void refine_scores(const Params& params, const Tensors& tensors, int64_t head, const Scorer& rest, int64_t pooled,
+                   const Refinement& refinement, const float* origins, const uint16_t* ids, int64_t count,
+                   float* scores, Chunk* ranked) {
+  const int64_t depth = params.head_dim;
+  const int64_t block_bytes = kMicroBlock * depth * (params.dtype == Dtype::kHalf ? 2 : 4);
+  const char* keys = static_cast<const char*>(tensors.key_cache) + head * params.capacity_blocks * block_bytes;
+  const auto channel_mass = kernels().channel_mass;
+  for (int64_t i = 0; i < count; ++i) {
+    rest(ids[i], scores);
+    float best = -INFINITY;
+    for (int64_t q = 0; q < pooled; ++q) {
+      float peak;
+      float sum;
+      channel_mass(refinement.weights + q * depth, refinement.channels + q * depth, refinement.counts[q],
+                   keys + ids[i] * block_bytes, params.dtype, &peak, &sum);
+      const float score = scores[q] - origins[q] + 0.69314718f * (peak + std::log2(sum) - 4.0f);
+      best = score > best ? score : best;
+    }
+    ranked[i] = Chunk{best, ids[i], 1};
+  }
+}
+
 int32_t append_range(uint16_t* ids, int64_t count, int64_t first, int64_t end) {
   for (int64_t block = first; block < end; ++block) ids[count++] = static_cast<uint16_t>(block);
   return static_cast<int32_t>(count);
@@ -222,7 +286,8 @@ int64_t select_scratch_floats(const Params& params) {
   if (params.budget == 0 || params.window > 0 || params.selector != Selector::kChunk) return 0;
   const int64_t pooled = most_pooled(params);
   const int64_t chunk_floats = static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
-  return pooled * (pooled_width(params) + 3) + 2 * params.head_dim + chunk_floats * params.capacity_blocks;
+  return pooled * (pooled_width(params) + 3) + 2 * params.head_dim + chunk_floats * params.capacity_blocks +
+         refinement_floats(params);
 }
 
 int32_t select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
@@ -248,16 +313,27 @@ int32_t select_group(const Params& params, const Tensors& tensors, int64_t head,
   const int64_t pooled = pool_queries(params, tensors, head, group, pooled_queries);
   if (params.pooling == Pooling::kMoments) expand_for_moments(params, pooled, pooled_queries);
   const Scorer scorer(params, tensors, head, pooled_queries, pooled, widened);
-  const int64_t chunk_count =
-      score_chunks(params, tensors, scorer, pooled, local, sink, widened + 2 * params.head_dim, chunks);
+  float* scores = widened + 2 * params.head_dim;
+  const int64_t chunk_count = score_chunks(params, tensors, scorer, pooled, local, sink, scores, chunks);
   std::make_heap(chunks, chunks + chunk_count, taken_later);
-  int64_t left = extra;
+  const bool again = params.refine > 0 && params.pooling == Pooling::kMoments && group.rows == 1;
+  int64_t left = again ? std::min(local - sink, std::max(kRefineFactor * extra, kRefineLeast)) : extra;
   for (int64_t remaining = chunk_count; left > 0; --remaining) {
     std::pop_heap(chunks, chunks + remaining, taken_later);
     const Chunk& best = chunks[remaining - 1];
     const int64_t taken = std::min<int64_t>(best.count, left);
     count = append_range(ids, count, best.first, best.first + taken);
     left -= taken;
+  }
+  if (again && count > sink + extra) {
+    const Refinement refinement = refinement_at(params, scores + 3 * most_pooled(params));
+    take_largest_channels(params, pooled, pooled_queries, refinement);
+    refine_scores(params, tensors, head, scorer, pooled, refinement, scores + 2 * pooled, ids + sink, count - sink,
+                  scores, chunks);
+    std::nth_element(chunks, chunks + extra, chunks + (count - sink),
+                     [](const Chunk& a, const Chunk& b) { return taken_later(b, a); });
+    for (int64_t i = 0; i < extra; ++i) ids[sink + i] = chunks[i].first;
+    count = sink + extra;
   }
   std::sort(ids + sink, ids + count);
   return append_range(ids, count, local, end);
