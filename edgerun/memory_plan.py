@@ -146,11 +146,11 @@ def _weights_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
 
 
 def _cache_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
-    from edgerun.models.causal_lm import attention_options
+    from edgerun.models.causal_lm import attention_options, cache_dtype
     from edgerun.ops.dhsa_attention_types import AttentionState
 
     assert recipe.max_context is not None
-    dtype = torch.float16 if recipe.dtype == "fp16" else torch.float32
+    dtype = cache_dtype(recipe)
     options = attention_options(list(sizes.sites), recipe)
     with torch.device("meta"):
         states = [

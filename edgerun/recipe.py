@@ -62,6 +62,7 @@ class Recipe:
     prefill_slice: int = 512  # most tokens per call
     quantize: Literal["none", "int8", "8da4w"] = "none"
     dtype: Literal["fp32", "fp16"] = "fp32"
+    kv_dtype: Literal["auto", "fp32", "fp16", "int8"] = "auto"  # of the key/value cache; auto: dtype
     embedding_dtype: Literal["auto", "fp32", "fp16", "int8"] = "auto"  # auto: int8 when quantized, else dtype
 
     def to_json(self) -> dict[str, Any]:

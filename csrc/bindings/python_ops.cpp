@@ -47,9 +47,9 @@ Type as(const py::args& arguments, size_t index) {
   return arguments[index].cast<Type>();
 }
 
-// The 30 arguments that the three functions share. Raises ValueError for what dhsa::check refuses.
+// The 31 arguments that the three functions share. Raises ValueError for what dhsa::check refuses.
 Call parse_call(const py::args& arguments) {
-  constexpr size_t kCount = 30;
+  constexpr size_t kCount = 31;
   if (arguments.size() < kCount) {
     throw py::value_error("dhsa_attention takes " + std::to_string(kCount) + " arguments, not " +
                           std::to_string(arguments.size()));
@@ -71,6 +71,7 @@ Call parse_call(const py::args& arguments) {
     *field = as<int64_t>(arguments, i++);
   }
   params.dtype = static_cast<edgerun::dhsa::Dtype>(as<int>(arguments, i++));
+  params.cache_dtype = static_cast<edgerun::dhsa::Dtype>(as<int>(arguments, i++));
   params.scale = as<float>(arguments, i++);
   params.softcap = as<float>(arguments, i++);
   for (int64_t* field : {&params.window, &params.budget, &params.tile, &params.sink, &params.dense_tail}) {
@@ -130,8 +131,8 @@ NestedLists dhsa_select(const py::args& arguments) {
 }
 
 std::pair<int64_t, int64_t> dhsa_attend(const py::args& arguments) {
-  constexpr size_t kLists = 30;
-  if (arguments.size() != kLists + 1) throw py::value_error("dhsa_attend takes the op's 30 arguments and the lists");
+  constexpr size_t kLists = 31;
+  if (arguments.size() != kLists + 1) throw py::value_error("dhsa_attend takes the op's 31 arguments and the lists");
   const Call call = parse_call(arguments);
   require_valid(call, false);
   if (!call.tensors.out) throw py::value_error("dhsa_attend needs out");

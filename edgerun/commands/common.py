@@ -142,13 +142,22 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         help="weights; activations are 8-bit dynamic; default: %(default)s",
     )
     group.add_argument(
-        "--dtype", choices=("fp32", "fp16"), default=recipe.dtype, help="of weights and cache; default: %(default)s"
+        "--dtype",
+        choices=("fp32", "fp16"),
+        default=recipe.dtype,
+        help="of weights, activations and cache; default: %(default)s",
     )
     group.add_argument(
         "--embedding-dtype",
         choices=("auto", "fp32", "fp16", "int8"),
         default=recipe.embedding_dtype,
         help="auto: int8 when quantized, else --dtype",
+    )
+    group.add_argument(
+        "--kv-dtype",
+        choices=("auto", "fp32", "fp16", "int8"),
+        default=recipe.kv_dtype,
+        help="of the key/value cache; auto: --dtype",
     )
     sparse = parser.add_argument_group("sparse attention (with --attention dhsa)")
     sparse.add_argument(

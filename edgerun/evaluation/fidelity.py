@@ -64,7 +64,7 @@ def checks(fidelity: Fidelity, recipe: Recipe, *, sparse: bool, label: str = "")
             "quantized_parity_top1",
             "greedy_margin_reduced",
         )
-    elif recipe.dtype == "fp16":
+    elif recipe.dtype == "fp16" or recipe.kv_dtype in ("fp16", "int8"):
         names = ("logits_fp16", "kl_fp16_nats", "top1_fp16", "greedy_margin_reduced")
     elif sparse:
         names = (None, "sparse_kl_nats", "sparse_top1", "greedy_margin")

@@ -115,8 +115,8 @@ def load(
 ) -> CausalLM:
     """The model of `checkpoint` as `recipe` wants it: attention, dtype, quantisation, context. Ready to call.
 
-    arithmetic: dtype of activations and caches, the recipe's own when None; weights are rounded to the recipe's dtype
-    all the same, so that torch.float32 gives the truth that a float16 program is judged by.
+    arithmetic: dtype of activations and, unless the recipe names their own, of caches; the recipe's when None. Weights
+    are rounded to the recipe's dtype all the same: torch.float32 gives the truth that a float16 program is judged by.
     Raises CheckpointError for a checkpoint that lacks or misshapes a tensor, ExportError for a recipe it cannot serve.
     """
     if not isinstance(checkpoint, Checkpoint):
@@ -129,10 +129,17 @@ def load(
     names = _TensorNames(checkpoint, decoder)
     names.check()
     _materialise(decoder, names, recipe, dtype, progress)
-    step = cached_attention.install(sites, options, recipe.max_context, dtype)
+    step = cached_attention.install(sites, options, recipe.max_context, cache_dtype(recipe, dtype))
     kinds = rope_types(decoder.config)
     rope = RopeFacts(type="+".join(kinds) or "none", frozen_from_max_context=frozen)
     return CausalLM(decoder, step, sites, options, rope, recipe.max_context).eval().requires_grad_(False)
+
+
+def cache_dtype(recipe: Recipe, arithmetic: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of the key/value caches; arithmetic: of the activations, where it is not the recipe's."""
+    if recipe.kv_dtype == "auto":
+        return arithmetic or _DTYPES[recipe.dtype]
+    return torch.int8 if recipe.kv_dtype == "int8" else _DTYPES[recipe.kv_dtype]
 
 
 def outline(checkpoint: Checkpoint, max_context: int) -> tuple[Any, list[AttentionSite], bool]:

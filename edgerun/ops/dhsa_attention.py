@@ -18,6 +18,9 @@ import torch
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention_decomposition import boundaries_as, decomposition
 from edgerun.ops.dhsa_attention_reference import (
+    append as reference_append,
+)
+from edgerun.ops.dhsa_attention_reference import (
     block_lists,
     count_pairs,
     reference,
@@ -34,9 +37,10 @@ from edgerun.ops.dhsa_attention_types import (
     Pooling,
     QueryPooling,
     Selector,
+    cache_shapes,
+    summaries_dtype,
 )
 from edgerun.ops.native import native_module
-from edgerun.recipe import MICRO_BLOCK
 
 __all__ = [
     "AttentionCounters",
@@ -55,6 +59,7 @@ __all__ = [
     "native_attend",
     "native_lists",
     "reference",
+    "reference_append",
     "reference_attend",
     "reference_lists",
     "tie_gap",
@@ -81,8 +86,9 @@ class _Native(Protocol):
     """What csrc/bindings/python_ops.cpp puts into `edgerun._native`.
 
     All take the same positional arguments. Pointers are data_ptr() integers of contiguous tensors, shaped as in
-    `dhsa::Tensors` (0 for an empty or unused one); `dtype`, `chunking`, `pooling`, `query_pooling` and `selector` are
-    the header's enum numbers. What dhsa::check refuses raises ValueError with its text. The GIL is released.
+    `dhsa::Tensors` (0 for an empty or unused one); `dtype`, `cache_dtype`, `chunking`, `pooling`, `query_pooling` and
+    `selector` are the header's enum numbers. What dhsa::check refuses raises ValueError with its text. The GIL is
+    released.
     """
 
     def dhsa_attention(
@@ -102,6 +108,7 @@ class _Native(Protocol):
         capacity_blocks: int,
         input_pos: int,
         dtype: int,
+        cache_dtype: int,
         scale: float,
         softcap: float,
         window: int,
@@ -169,8 +176,8 @@ def attend(
 ) -> torch.Tensor:
     """Appends S tokens at `input_pos` to `state` and attends from them.
 
-    query [1, Hq, S, D], key and value [1, Hkv, S, D], after rotary embedding, in the cache's dtype (float32 or
-    float16); input_pos int64 [1]. Returns [1, S, Hq, D]. Raises EdgerunError for what does not fit.
+    query [1, Hq, S, D], key and value [1, Hkv, S, D], after rotary embedding, float32 or float16; the caches float32,
+    float16 or int8; input_pos int64 [1]. Returns [1, S, Hq, D]. Raises EdgerunError for what does not fit.
     """
     result: torch.Tensor = torch.ops.edgerun.dhsa_attention(
         query,
@@ -233,6 +240,7 @@ def _native_arguments(
         state.key_cache.shape[1],
         input_pos,
         CACHE_DTYPES[query.dtype],
+        CACHE_DTYPES[state.key_cache.dtype],
         *options.arguments(),
         threads,
     )
@@ -266,10 +274,11 @@ def check_shapes(
         raise EdgerunError(
             f"head_dim is {head_dim} for query, {key.shape[3]} for key, {value.shape[3]} for value; they must be equal"
         )
-    blocks = state.key_cache.shape[1] if state.key_cache.dim() == 4 else 0
+    blocks = state.key_cache.shape[1] if state.key_cache.dim() > 1 else 0
+    key_shape, value_shape = cache_shapes(blocks, head_dim, state.key_cache.dtype)
     expected: dict[str, tuple[int, ...]] = {
-        "key_cache": (kv_heads, blocks, head_dim, MICRO_BLOCK),
-        "value_cache": (kv_heads, blocks, MICRO_BLOCK, head_dim),
+        "key_cache": (kv_heads, *key_shape),
+        "value_cache": (kv_heads, *value_shape),
     }
     if options.keeps_summaries:
         expected["summaries"] = (kv_heads, blocks, options.summary_vectors, head_dim)
@@ -283,11 +292,15 @@ def check_shapes(
             )
     if blocks > MAX_BLOCKS:
         raise EdgerunError(f"the cache has {blocks} micro-blocks; ids of 16 bits name at most {MAX_BLOCKS}")
-    dtypes = {tensor.dtype for tensor in (query, key, value, state.key_cache, state.value_cache, state.summaries)}
-    if len(dtypes) != 1 or state.boundaries.dtype != torch.uint8:
+    dtypes = {tensor.dtype for tensor in (query, key, value)}
+    cache = state.key_cache.dtype
+    summaries = summaries_dtype(cache)
+    found_dtypes = (state.value_cache.dtype, state.summaries.dtype, state.boundaries.dtype)
+    if len(dtypes) != 1 or found_dtypes != (cache, summaries, torch.uint8):
         raise EdgerunError(
-            f"query, key, value, caches and summaries have dtypes {sorted(map(str, dtypes))} and boundaries "
-            f"{state.boundaries.dtype}; expected one float dtype for all, and uint8"
+            f"query, key and value have dtypes {sorted(map(str, dtypes))}, the caches {cache} and {found_dtypes[0]}, "
+            f"summaries {found_dtypes[1]}, boundaries {found_dtypes[2]}; expected one float dtype for the first three, "
+            f"one for the caches, {summaries} for the summaries beside it, and uint8"
         )
 
 
@@ -322,8 +335,11 @@ def _implementation(
     check_shapes(query, key, value, state, options)
     position = int(input_pos.item())
     check_position(query.shape[2], key.shape[2], value.shape[2], position, state.capacity_tokens)
-    if query.dtype not in CACHE_DTYPES:
-        raise EdgerunError(f"dtype is {query.dtype}; the op computes float32 and float16, the reference any")
+    if query.dtype not in (torch.float32, torch.float16) or key_cache.dtype not in CACHE_DTYPES:
+        raise EdgerunError(
+            f"dtypes are {query.dtype} and, of the caches, {key_cache.dtype}; the op computes float32 and float16 on "
+            "float32, float16 and int8 caches, the reference any"
+        )
     if out is None:
         out = query.new_empty(_result_shape(query))
     if tuple(out.shape) != _result_shape(query) or out.dtype != query.dtype:

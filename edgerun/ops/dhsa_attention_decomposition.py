@@ -15,6 +15,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention_types import (
     BOUNDARY_SPAN,
     BOUNDARY_WINDOW,
@@ -57,6 +58,10 @@ def decomposition(
     query [1, Hq, S, D], key and value [1, Hkv, S, D], input_pos an integer [1]. S is static: export one
     program (or one function of a program) per call size. The caller keeps input_pos + S within the cache.
     """
+    if not key_cache.is_floating_point():
+        raise EdgerunError(
+            f"the cache is {key_cache.dtype}: targets without custom ops take float32 and float16 caches"
+        )
     key_cache, value_cache = _append(key, value, key_cache, value_cache, input_pos)
     tokens = key.shape[2]
     if options.budget > 0 and options.finds_boundaries:

@@ -19,6 +19,7 @@ from edgerun.ops.dhsa_attention_types import (
     BOUNDARY_WINDOW,
     REFINE_FACTOR,
     REFINE_LEAST,
+    SCALE_CHANNELS,
     AttentionOptions,
     AttentionState,
     Chunking,
@@ -75,17 +76,55 @@ def append(
     stored = input_pos + key.shape[2]
     positions = torch.arange(input_pos, stored)
     block, token = positions // MICRO_BLOCK, positions % MICRO_BLOCK
-    state.key_cache[:, block, :, token] = key[0].transpose(0, 1).to(state.key_cache.dtype)
-    state.value_cache[:, block, token, :] = value[0].to(state.value_cache.dtype)
+    if state.key_cache.dtype == torch.int8:
+        quantize_tokens(key, value, state, block, token)
+    else:
+        state.key_cache[:, block, :, token] = key[0].transpose(0, 1).to(state.key_cache.dtype)
+        state.value_cache[:, block, token, :] = value[0].to(state.value_cache.dtype)
     if options.budget > 0 and options.finds_boundaries:
         find_boundaries(state, input_pos, stored, options)
     if options.keeps_summaries:
         summarize(state, input_pos, stored, options)
 
 
+def quantize_tokens(
+    key: torch.Tensor, value: torch.Tensor, state: AttentionState, block: torch.Tensor, token: torch.Tensor
+) -> None:
+    """Writes key and value [1, Hkv, S, D] into an int8 cache, row s as token `token[s]` of micro-block `block[s]`."""
+    head_dim = state.head_dim
+    integers = MICRO_BLOCK * head_dim  # bytes of a micro-block before its scales
+    for channel in range(0, head_dim, SCALE_CHANNELS):
+        part = key[0, :, :, channel : channel + SCALE_CHANNELS].float()
+        quantized, scales = quantize(part)
+        for offset in range(part.shape[2]):
+            state.key_cache[:, block, (channel + offset) * MICRO_BLOCK + token] = quantized[:, :, offset]
+        _write_halves(state.key_cache, block, integers + 2 * (channel // SCALE_CHANNELS * MICRO_BLOCK + token), scales)
+    quantized, scales = quantize(value[0].float())
+    for channel in range(head_dim):
+        state.value_cache[:, block, token * head_dim + channel] = quantized[:, :, channel]
+    _write_halves(state.value_cache, block, integers + 2 * token, scales)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [..., n] → int8 [..., n] and float16 scales [...]; a row that is not finite has the scale NaN."""
+    largest = x.abs().amax(dim=-1)
+    scales = (largest / 127.0).clamp(max=torch.finfo(torch.float16).max).half()
+    scales = torch.where(torch.isfinite(largest), scales, torch.full_like(scales, math.nan))
+    divisor = scales.float().unsqueeze(-1)
+    ratio = torch.where(divisor > 0, x / divisor, torch.zeros_like(x))
+    return ratio.round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _write_halves(cache: torch.Tensor, block: torch.Tensor, offset: torch.Tensor, halves: torch.Tensor) -> None:
+    """halves [Hkv, S] as two bytes each at offset[s] of micro-block block[s]."""
+    low, high = halves.unsqueeze(-1).view(torch.int8).unbind(-1)
+    cache[:, block, offset] = low
+    cache[:, block, offset + 1] = high
+
+
 def stored_keys(state: AttentionState) -> torch.Tensor:
     """The key cache token by token, [Hkv, 16 M, D], in the dtype of the arithmetic."""
-    keys = state.key_cache.transpose(2, 3).flatten(1, 2)
+    keys = state.keys().transpose(2, 3).flatten(1, 2)
     return keys.to(_arithmetic(keys.dtype))
 
 
@@ -126,7 +165,7 @@ def gap_scores(keys: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
 def summarize(state: AttentionState, input_pos: int, stored: int, options: AttentionOptions) -> None:
     """Writes the summaries of the micro-blocks that are complete now and were not before the call."""
     first, last = input_pos // MICRO_BLOCK, stored // MICRO_BLOCK
-    keys = state.key_cache[:, first:last]  # [Hkv, blocks, D, 16]
+    keys = state.keys()[:, first:last]  # [Hkv, blocks, D, 16]
     keys = keys.to(_arithmetic(keys.dtype))
     if options.pooling == Pooling.MINMAX:
         summaries = torch.stack([keys.amin(dim=-1), keys.amax(dim=-1)], dim=2)
@@ -262,7 +301,7 @@ def _refined_scores(
     large = torch.where(pooled.abs() >= least, pooled, torch.zeros_like(pooled))
     small = pooled - large
     rest = small @ mean[blocks].T + 0.5 * (small * small) @ variance[blocks].T  # [Q, blocks]
-    keys = state.key_cache[head, blocks].to(pooled.dtype)  # [blocks, D, 16]
+    keys = state.keys()[head, blocks].to(pooled.dtype)  # [blocks, D, 16]
     logits = torch.einsum("qd,bdi->qbi", large, keys)
     mass = logits.logsumexp(dim=2) - math.log(MICRO_BLOCK) + rest
     return (mass - everything).amax(dim=0)
@@ -287,8 +326,8 @@ def reference_attend(
     lists: Sequence[Sequence[Sequence[int]]],
 ) -> torch.Tensor:
     """Exact attention of query [1, Hq, S, D] over lists[KV head][group]: [1, S, Hq, D]."""
-    kv_heads, _, head_dim, _ = state.key_cache.shape
-    tokens = query.shape[2]
+    kv_heads, head_dim, tokens = state.key_cache.shape[0], state.head_dim, query.shape[2]
+    all_keys, all_values = state.keys(), state.values()
     arithmetic = _arithmetic(query.dtype)
     queries = query[0].reshape(kv_heads, -1, *query.shape[2:]).to(arithmetic)  # [Hkv, G, S, D]
     out = torch.empty_like(queries)
@@ -296,8 +335,8 @@ def reference_attend(
         for (first, last), blocks in zip(groups(tokens, input_pos, options.tile), lists[head], strict=True):
             rows = torch.arange(input_pos + first, input_pos + last)[:, None]
             columns = _positions(blocks, input_pos + last)
-            keys = state.key_cache[head, list(blocks)].transpose(1, 2).reshape(-1, head_dim)[: len(columns)]
-            values = state.value_cache[head, list(blocks)].reshape(-1, head_dim)[: len(columns)]
+            keys = all_keys[head, list(blocks)].transpose(1, 2).reshape(-1, head_dim)[: len(columns)]
+            values = all_values[head, list(blocks)].reshape(-1, head_dim)[: len(columns)]
             logits = options.scale * (_rows(queries[head], first, last) @ keys.to(arithmetic).T)
             if options.softcap > 0:
                 logits = options.softcap * torch.tanh(logits / options.softcap)

@@ -18,7 +18,8 @@ BOUNDARY_WINDOW = 4  # keys averaged on either side of a gap
 REFINE_FACTOR, REFINE_LEAST = 4, 256  # micro-blocks ranked again: so many times those chosen, at least so many
 BOUNDARY_SPAN = 8  # a cut may be caused by a gap this many tokens from its edge
 MAX_BLOCKS = 1 << 16  # micro-block ids are 16 bits wide
-CACHE_DTYPES = {torch.float32: 0, torch.float16: 1}  # the op's; the reference takes any float dtype
+CACHE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}  # the op's; the reference takes any float dtype
+SCALE_CHANNELS = 32  # of a key that share a scale in an int8 cache
 
 
 class Chunking(enum.IntEnum):
@@ -169,7 +170,8 @@ class AttentionState:
     """What one layer keeps. The tensors are written in place by each call; `boundaries` is shared between layers.
 
     key_cache [Hkv, M, D, 16] and value_cache [Hkv, M, 16, D], M micro-blocks of 16 tokens; summaries [Hkv, M, P, D],
-    or [Hkv, 0, 1, D] where not kept; boundaries uint8 [M + 1], or [0] where not read.
+    or [Hkv, 0, 1, D] where not kept; boundaries uint8 [M + 1], or [0] where not read. int8 caches hold micro-blocks of
+    bytes, integers and then float16 scales: keys { [D, 16], [ceil(D / 32), 16] }, values { [16, D], [16] }.
     """
 
     key_cache: torch.Tensor
@@ -186,7 +188,7 @@ class AttentionState:
         dtype: torch.dtype = torch.float32,
         boundaries: torch.Tensor | None = None,
     ) -> AttentionState:
-        """Zeroed state for at least `max_context` tokens. `boundaries`: another layer's, to share it.
+        """Zeroed state for at least `max_context` tokens; dtype: the caches'; boundaries: another layer's, to share it.
 
         Raises EdgerunError when the context is empty or longer than 16-bit micro-block ids can name.
         """
@@ -196,10 +198,11 @@ class AttentionState:
         if boundaries is None or options.budget == 0:
             boundaries = torch.zeros(blocks + 1 if options.budget > 0 else 0, dtype=torch.uint8)
         summaries = (blocks, options.summary_vectors) if options.keeps_summaries else (0, 1)
+        key_shape, value_shape = cache_shapes(blocks, head_dim, dtype)
         return AttentionState(
-            key_cache=torch.zeros(kv_heads, blocks, head_dim, MICRO_BLOCK, dtype=dtype),
-            value_cache=torch.zeros(kv_heads, blocks, MICRO_BLOCK, head_dim, dtype=dtype),
-            summaries=torch.zeros(kv_heads, *summaries, head_dim, dtype=dtype),
+            key_cache=torch.zeros(kv_heads, *key_shape, dtype=dtype),
+            value_cache=torch.zeros(kv_heads, *value_shape, dtype=dtype),
+            summaries=torch.zeros(kv_heads, *summaries, head_dim, dtype=summaries_dtype(dtype)),
             boundaries=boundaries,
         )
 
@@ -207,6 +210,28 @@ class AttentionState:
     def capacity_tokens(self) -> int:
         """Tokens that the caches can hold."""
         return self.key_cache.shape[1] * MICRO_BLOCK
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        if self.value_cache.dtype == torch.int8:
+            return self.value_cache.shape[2] // MICRO_BLOCK - 2
+        return self.value_cache.shape[3]
+
+    def keys(self) -> torch.Tensor:
+        """The key cache as floats, [Hkv, M, D, 16]: itself, or what an int8 cache stands for, in float32."""
+        if self.key_cache.dtype != torch.int8:
+            return self.key_cache
+        integers, scales = _split(self.key_cache, self.head_dim)
+        scales = scales.unflatten(2, (-1, MICRO_BLOCK)).repeat_interleave(SCALE_CHANNELS, dim=2)
+        return integers.unflatten(2, (self.head_dim, MICRO_BLOCK)) * scales[:, :, : self.head_dim]
+
+    def values(self) -> torch.Tensor:
+        """The value cache as floats, [Hkv, M, 16, D]: itself, or what an int8 cache stands for, in float32."""
+        if self.value_cache.dtype != torch.int8:
+            return self.value_cache
+        integers, scales = _split(self.value_cache, self.head_dim)
+        return integers.unflatten(2, (MICRO_BLOCK, self.head_dim)) * scales.unsqueeze(3)
 
     def clone(self) -> AttentionState:
         """An independent copy."""
@@ -217,8 +242,27 @@ class AttentionState:
     def to(self, dtype: torch.dtype) -> AttentionState:
         """A copy whose caches and summaries have another float dtype."""
         return AttentionState(
-            self.key_cache.to(dtype, copy=True),
-            self.value_cache.to(dtype, copy=True),
+            self.keys().to(dtype, copy=True),
+            self.values().to(dtype, copy=True),
             self.summaries.to(dtype, copy=True),
             self.boundaries.clone(),
         )
+
+
+def cache_shapes(blocks: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one head's key and value cache: elements, or bytes of a micro-block in int8."""
+    if dtype != torch.int8:
+        return (blocks, head_dim, MICRO_BLOCK), (blocks, MICRO_BLOCK, head_dim)
+    scales = -(-head_dim // SCALE_CHANNELS)
+    return (blocks, MICRO_BLOCK * (head_dim + 2 * scales)), (blocks, MICRO_BLOCK * (head_dim + 2))
+
+
+def summaries_dtype(cache: torch.dtype) -> torch.dtype:
+    """The summaries' dtype beside a cache of this dtype: half precision unless the cache has more."""
+    return cache if cache.itemsize >= 4 else torch.float16
+
+
+def _split(cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers [Hkv, M, 16 D] and scales [Hkv, M, ...] of an int8 cache, both in float32."""
+    integers, scales = cache[:, :, : MICRO_BLOCK * head_dim], cache[:, :, MICRO_BLOCK * head_dim :]
+    return integers.float(), scales.contiguous().view(torch.float16).float()

@@ -73,9 +73,10 @@ class Case:
     value: torch.Tensor
     options: AttentionOptions
     shape: str  # what a failing example prints
+    cache_dtype: torch.dtype | None = None  # None: the dtype of the query
 
     def __repr__(self) -> str:
-        return f"Case({self.shape} {self.options})"
+        return f"Case({self.shape} {self.cache_dtype} {self.options})"
 
     @property
     def tokens(self) -> int:
@@ -91,10 +92,10 @@ class Case:
     def new_state(self) -> AttentionState:
         """Room for the sequence and a little more, filled with values that must never be read."""
         state = AttentionState.allocate(
-            self.kv_heads, self.key.shape[3], self.tokens + 40, self.options, self.query.dtype
+            self.kv_heads, self.key.shape[3], self.tokens + 40, self.options, self.cache_dtype or self.query.dtype
         )
         for tensor in (state.key_cache, state.value_cache, state.summaries):
-            tensor.fill_(1000.0)
+            tensor.fill_(100)
         state.boundaries.fill_(1)
         return state
 
@@ -148,8 +149,8 @@ def prefill(
 def defined_state(state: AttentionState, tokens: int, options: AttentionOptions) -> dict[str, torch.Tensor]:
     """The part of a state that has a meaning after `tokens` tokens; the rest may hold anything."""
     parts = {
-        "keys": state.key_cache.transpose(2, 3).flatten(1, 2)[:, :tokens],
-        "values": state.value_cache.flatten(1, 2)[:, :tokens],
+        "keys": state.keys().transpose(2, 3).flatten(1, 2)[:, :tokens],
+        "values": state.values().flatten(1, 2)[:, :tokens],
         "boundaries": state.boundaries,
     }
     if options.keeps_summaries:
@@ -195,17 +196,19 @@ def cases(
     options: st.SearchStrategy[AttentionOptions] = sparse_options(),  # noqa: B008
     tokens: st.SearchStrategy[int] = st.integers(1, 400),  # noqa: B008
     groups: Sequence[int] = (1, 2, 4),
+    caches: Sequence[torch.dtype | None] = (None, None, torch.float16, torch.int8),
 ) -> Case:
     """A sequence long enough for a sparse selection more often than not."""
-    return make_case(
+    case = make_case(
         draw(options),
         draw(tokens),
         kv_heads=draw(st.sampled_from([1, 2])),
         group=draw(st.sampled_from(groups)),
-        head_dim=draw(st.sampled_from([8, 16, 20])),
+        head_dim=draw(st.sampled_from([8, 16, 20, 40])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float16])),
         seed=draw(st.integers(0, 2**20)),
     )
+    return dataclasses.replace(case, cache_dtype=draw(st.sampled_from(caches)))
 
 
 def small_options(**changes: object) -> AttentionOptions:
@@ -217,10 +220,20 @@ def output_limit(case: Case) -> float:
     return compare.tolerance("op_fp16" if case.query.dtype == torch.float16 else "op_fp32")
 
 
+def held(state: AttentionState, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value [1, Hkv, tokens, D] as the cache holds them, in float64."""
+    key = state.keys().transpose(2, 3).flatten(1, 2)[None, :, :tokens]
+    return key.double(), state.values().flatten(1, 2)[None, :, :tokens].double()
+
+
 def explicit_attention(case: Case) -> torch.Tensor:
-    """Dense attention by the formula, in float64, one score matrix a head: [1, n, Hq, D]."""
+    """Dense attention by the formula, in float64, one score matrix a head, on what the cache holds: [1, n, Hq, D]."""
     options, n = case.options, case.tokens
     query, key, value = (tensor.double() for tensor in case.rows(0, n))
+    if case.cache_dtype is not None:
+        state = case.new_state()
+        op.reference_append(*case.rows(0, n)[1:], state, 0, dataclasses.replace(options, budget=0))
+        key, value = held(state, n)
     group = query.shape[1] // key.shape[1]
     logits = options.scale * query @ key.repeat_interleave(group, 1).transpose(2, 3)
     if options.softcap > 0:

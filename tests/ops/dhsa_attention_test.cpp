@@ -89,15 +89,41 @@ struct Layer {
         x = rounded(0.5f * x + 0.8f * std::sin(static_cast<float>(t / 37 * 5 + i)));
       }
     }
-    const size_t cells = static_cast<size_t>(params.kv_heads * params.capacity_blocks * params.head_dim);
-    key_cache.assign(cells * 16 * bytes(), '\x7f');  // NaN in both dtypes: what is not written must not be read
-    value_cache.assign(cells * 16 * bytes(), '\x7f');
-    summaries.assign(cells * 2 * bytes(), '\x7f');
+    const size_t blocks = static_cast<size_t>(params.kv_heads * params.capacity_blocks);
+    // NaN in both float dtypes, and as a scale: what is not written must not be read.
+    key_cache.assign(blocks * key_bytes(), '\x7f');
+    value_cache.assign(blocks * value_bytes(), '\x7f');
+    summaries.assign(blocks * summary_bytes(2), '\x7f');
     boundaries.assign(static_cast<size_t>(params.capacity_blocks + 1), 1);
     out.resize(static_cast<size_t>(length * params.query_heads * params.head_dim) * bytes());
   }
 
   size_t bytes() const { return params.dtype == Dtype::kHalf ? 2 : 4; }
+  size_t key_bytes() const { return size_t(edgerun::dhsa::key_block_bytes(params.cache_dtype, params.head_dim)); }
+  size_t value_bytes() const { return size_t(edgerun::dhsa::value_block_bytes(params.cache_dtype, params.head_dim)); }
+  size_t summary_bytes(int64_t vectors) const {
+    return size_t(vectors * params.head_dim * (params.cache_dtype == Dtype::kFloat ? 4 : 2));
+  }
+
+  // Channel d of token j of KV head g, as the cache holds it.
+  float stored(bool of_key, int64_t g, int64_t j, int64_t d) const {
+    const int64_t block = g * params.capacity_blocks + j / 16, depth = params.head_dim;
+    const char* base = of_key ? &key_cache[size_t(block) * key_bytes()] : &value_cache[size_t(block) * value_bytes()];
+    const int64_t at = of_key ? d * 16 + j % 16 : j % 16 * depth + d;
+    const auto half_at = [](const char* source) {
+      uint16_t half;
+      std::memcpy(&half, source, 2);
+      return edgerun::half_to_float(half);
+    };
+    if (params.cache_dtype == Dtype::kHalf) return half_at(base + 2 * at);
+    if (params.cache_dtype == Dtype::kInt8) {
+      return static_cast<float>(static_cast<int8_t>(base[at])) *
+             half_at(base + 16 * depth + 2 * ((of_key ? d / 32 * 16 : 0) + j % 16));
+    }
+    float x;
+    std::memcpy(&x, base + 4 * at, 4);
+    return x;
+  }
   float rounded(float x) const {
     return params.dtype == Dtype::kHalf ? edgerun::half_to_float(edgerun::float_to_half(x)) : x;
   }
@@ -186,8 +212,7 @@ struct Layer {
             if (j > t || (params.window > 0 && j <= t - params.window)) continue;
             double score = 0;
             for (int64_t d = 0; d < depth; ++d) {
-              score += double(query[size_t((t * params.query_heads + h) * depth + d)]) *
-                       key[size_t((j * params.kv_heads + g) * depth + d)];
+              score += double(query[size_t((t * params.query_heads + h) * depth + d)]) * stored(true, g, j, d);
             }
             score *= params.scale;
             if (params.softcap > 0) score = params.softcap * std::tanh(score / params.softcap);
@@ -200,7 +225,7 @@ struct Layer {
           const double weight = std::exp(score - highest);
           total += weight;
           for (int64_t d = 0; d < depth; ++d) {
-            sums[size_t(d)] += weight * value[size_t((j * params.kv_heads + g) * depth + d)];
+            sums[size_t(d)] += weight * stored(false, g, j, d);
           }
         }
         if (h % group == 0) counted->causal_pairs += params.window > 0 ? std::min(t + 1, params.window) : t + 1;
@@ -218,16 +243,15 @@ struct Layer {
   // Blocks in use, from every buffer that outlives a call.
   std::vector<char> state(int64_t tokens) const {
     std::vector<char> result(boundaries.begin(), boundaries.end());
-    const int64_t cell = params.head_dim * static_cast<int64_t>(bytes());
     const int64_t vectors = edgerun::dhsa::summary_vectors(params.pooling);
     for (int64_t head = 0; head < params.kv_heads; ++head) {
-      const auto add = [&](const std::vector<char>& data, int64_t rows, int64_t blocks) {
-        const auto begin = data.begin() + head * params.capacity_blocks * rows * cell;
-        result.insert(result.end(), begin, begin + blocks * rows * cell);
+      const auto add = [&](const std::vector<char>& data, size_t block_bytes, int64_t blocks) {
+        const auto begin = data.begin() + head * params.capacity_blocks * int64_t(block_bytes);
+        result.insert(result.end(), begin, begin + blocks * int64_t(block_bytes));
       };
-      add(key_cache, 16, (tokens + 15) / 16);
-      add(value_cache, 16, (tokens + 15) / 16);
-      if (params.budget > 0) add(summaries, vectors, tokens / 16);
+      add(key_cache, key_bytes(), (tokens + 15) / 16);
+      add(value_cache, value_bytes(), (tokens + 15) / 16);
+      if (params.budget > 0) add(summaries, summary_bytes(vectors), tokens / 16);
     }
     return result;
   }
@@ -249,6 +273,22 @@ Params sparse(int64_t tile) {
   params.budget = 16 + 64 + 12 + tile + 32;
   params.boundary_threshold = 0.4f;
   params.finds_boundaries = true;
+  return params;
+}
+
+// Every pair of dtypes that a model is exported with: of activations and of the cache.
+struct Dtypes {
+  Dtype activations, cache;
+};
+constexpr Dtypes kDtypes[] = {{Dtype::kFloat, Dtype::kFloat},
+                              {Dtype::kHalf, Dtype::kHalf},
+                              {Dtype::kFloat, Dtype::kHalf},
+                              {Dtype::kFloat, Dtype::kInt8},
+                              {Dtype::kHalf, Dtype::kInt8}};
+
+Params with(Params params, const Dtypes& dtypes) {
+  params.dtype = dtypes.activations;
+  params.cache_dtype = dtypes.cache;
   return params;
 }
 
@@ -287,16 +327,18 @@ void test_outputs() {
     expect_output(params, 50, 190, "window");
     expect_output(params, 139, 1, "window, decode");
   }
-  params = shape(4, 2, 40, 24);
-  params.dtype = Dtype::kHalf;
-  expect_output(params, 17, 150, "half");
+  for (const Dtypes& dtypes : kDtypes) {
+    for (const int64_t depth : {8, 40, 128}) {
+      expect_output(with(shape(4, 2, depth, 24), dtypes), 17, 150, "dtypes");
+      expect_output(with(shape(4, 2, depth, 24), dtypes), 150, 1, "dtypes, decode");
+    }
+  }
   for (const int64_t tile : {1, 24, 64}) {
     for (int pooling = 0; pooling < 5; ++pooling) {
-      for (int variety = 0; variety < 4; ++variety) {
-        params = sparse(tile);
+      for (int variety = 0; variety < 5; ++variety) {
+        params = with(sparse(tile), kDtypes[variety]);
         params.pooling = static_cast<Pooling>(pooling);
         params.query_pooling = static_cast<QueryPooling>(variety & 1);
-        params.dtype = static_cast<Dtype>(variety >> 1);
         params.selector = variety == 3 ? Selector::kRecent : Selector::kChunk;
         params.refine = tile == 1 ? 5 : 100;
         expect_output(params, 211, 130, "sparse");
@@ -326,10 +368,9 @@ void test_lists() {
 }
 
 void test_state_is_the_same_for_every_partition() {
-  for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf}) {
+  for (const Dtypes& dtypes : kDtypes) {
     for (const Pooling pooling : {Pooling::kMean, Pooling::kMinMax, Pooling::kMoments}) {
-      Params params = sparse(64);
-      params.dtype = dtype;
+      Params params = with(sparse(64), dtypes);
       params.pooling = pooling;
       Layer whole(params, 301);
       whole.call(0, 301);
@@ -363,13 +404,12 @@ void test_cuts_at_tiles_change_no_bit() {
 }
 
 void test_threads_change_no_bit() {
-  for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf}) {
-    Params params = sparse(16);
-    params.dtype = dtype;
+  for (const Dtypes& dtypes : kDtypes) {
+    const Params params = with(sparse(16), dtypes);
     Layer one(params, 400), three(params, 400);
     one.call(0, 400);
     three.call(0, 400, threads(3));
-    CHECK(one.out == three.out && one.state(400) == three.state(400), "dtype %d", static_cast<int>(dtype));
+    CHECK(one.out == three.out && one.state(400) == three.state(400), "cache dtype %d", static_cast<int>(dtypes.cache));
   }
 }
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgerun import compare
+from edgerun.errors import EdgerunError
 from edgerun.ops import dhsa_attention as op
 from edgerun.ops.dhsa_attention import AttentionOptions, AttentionState, Chunking, Pooling, QueryPooling, Selector
 from tests.ops.attention_cases import (
@@ -56,7 +57,7 @@ def double(case: Case) -> Case:
 
 
 @settings(max_examples=40)
-@given(case=cases(), cuts=st.lists(st.integers(1, 399), max_size=4))
+@given(case=cases(caches=(None,)), cuts=st.lists(st.integers(1, 399), max_size=4))
 def test_equals_the_reference_call_after_call(case: Case, cuts: list[int]) -> None:
     assert_equals_reference(double(case), cuts, EXACT)
 
@@ -96,7 +97,11 @@ def test_equals_the_reference_where_it_ranks_again(query_pooling: QueryPooling, 
 
 
 @settings(max_examples=15)
-@given(case=cases(options=sparse_options(budget=0)), window=st.sampled_from([0, 1, 17, 64]), cut=st.integers(1, 399))
+@given(
+    case=cases(options=sparse_options(budget=0), caches=(None,)),
+    window=st.sampled_from([0, 1, 17, 64]),
+    cut=st.integers(1, 399),
+)
 def test_equals_the_reference_dense_and_windowed(case: Case, window: int, cut: int) -> None:
     assert_equals_reference(double(case.with_options(window=window)), [cut], EXACT)
 
@@ -105,6 +110,18 @@ def test_equals_the_reference_dense_and_windowed(case: Case, window: int, cut: i
 def test_equals_the_reference_in_other_dtypes(dtype: torch.dtype, name: str) -> None:
     options = AttentionOptions(scale=0.25, budget=108, tile=16, finds_boundaries=True, dense_tail=20)
     assert_equals_reference(make_case(options, 300, dtype=dtype), [128, 250, 270, 271], compare.tolerance(name))
+
+
+def test_equals_the_reference_with_a_float16_cache() -> None:
+    options = AttentionOptions(scale=0.25, budget=108, tile=16, finds_boundaries=True)
+    case = dataclasses.replace(make_case(options, 300), cache_dtype=torch.float16)
+    assert_equals_reference(case, [128, 250, 271], compare.tolerance("op_fp16"))
+
+
+def test_an_int8_cache_is_refused() -> None:
+    case = dataclasses.replace(make_case(AttentionOptions(scale=0.25), 20), cache_dtype=torch.int8)
+    with pytest.raises(EdgerunError, match="float32 and float16 caches"):
+        decompose(case, 0, 20, case.new_state())
 
 
 def test_going_back_equals_the_reference() -> None:

@@ -87,7 +87,16 @@ def arguments(**changes: float) -> list[float]:
     pointers = ("query", "key", "value", "out", "key_cache", "value_cache", "summaries", "boundaries")
     ones = ("tokens", "query_heads", "kv_heads", "head_dim")
     values: dict[str, float] = dict.fromkeys(pointers, BUFFER.data_ptr()) | dict.fromkeys(ones, 1)
-    values |= {"capacity_blocks": 4, "input_pos": 0, "dtype": 0, "scale": 1.0, "softcap": 0.0, "window": 0, "budget": 0}
+    values |= {
+        "capacity_blocks": 4,
+        "input_pos": 0,
+        "dtype": 0,
+        "cache_dtype": 0,
+        "scale": 1.0,
+        "softcap": 0.0,
+        "window": 0,
+        "budget": 0,
+    }
     values |= {"tile": 1, "sink": 0, "dense_tail": 0, "chunking": 0, "threshold": 0.0, "finds_boundaries": False}
     values |= {"pooling": 0, "query_pooling": 0, "selector": 0, "refine": 0, "threads": 1}
     return list((values | changes).values())
@@ -104,6 +113,7 @@ def arguments(**changes: float) -> list[float]:
         ({"budget": 76}, "at least sink"),
         ({"sink": 8}, "multiple of 16"),
         ({"dtype": 2}, "float32 or float16"),
+        ({"cache_dtype": 3}, "float32, float16 or int8"),
         ({"scale": float("nan")}, "scale is not finite"),
         ({"selector": 7}, "none of its values"),
         ({"refine": -1}, "number of channels"),
@@ -118,7 +128,7 @@ def test_what_cannot_be_served_is_refused(changes: dict[str, float], message: st
 
 
 def test_a_missing_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes 30 arguments, not 29"):
+    with pytest.raises(ValueError, match="takes 31 arguments, not 30"):
         native_module().dhsa_attention(*arguments()[:-1])
 
 

@@ -27,6 +27,7 @@ from tests.ops.attention_cases import (
     both,
     cases,
     explicit_attention,
+    held,
     make_case,
     output_limit,
     prefill,
@@ -43,15 +44,16 @@ LENGTHS = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 171, 172, 173, 
 
 
 def assert_parity(implementation: Implementation, case: Case) -> None:
-    """State, lists and outputs of one whole call against a float64 run of the reference."""
+    """State, lists and outputs of one whole call against a float64 run of the reference on what the cache holds."""
     out, state = prefill(implementation, case)
     exact = AttentionState.allocate(case.kv_heads, case.key.shape[3], case.tokens + 40, case.options, torch.float64)
-    op.reference(*(tensor.double() for tensor in case.rows(0, case.tokens)), exact, 0, case.options)
+    op.reference(case.query.double(), *held(state, case.tokens), exact, 0, case.options)
     assert torch.equal(state.boundaries, exact.boundaries)
     complete = case.tokens // MICRO_BLOCK
     if case.options.keeps_summaries and complete:
-        summaries = state.summaries[:, :complete]
-        assert compare.relative_l2(summaries, exact.summaries[:, :complete]) <= output_limit(case)
+        limit = "op_fp16" if state.summaries.dtype == torch.float16 else "op_fp32"
+        error = compare.relative_l2(state.summaries[:, :complete], exact.summaries[:, :complete])
+        assert error <= compare.tolerance(limit)
     lists = implementation.lists(case.query, state, 0, case.options)
     assert_near_ties_only(lists, case, state)
     judged = op.reference_attend(case.query.double(), state.to(torch.float64), 0, case.options, lists)
@@ -59,6 +61,41 @@ def assert_parity(implementation: Implementation, case: Case) -> None:
     assert compare.relative_l2(implementation.attend(case.query, state, 0, case.options, lists), judged) <= (
         output_limit(case)
     )
+
+
+@both
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("head_dim", [20, 32, 80])
+def test_the_cache_holds_what_it_was_given(
+    implementation: Implementation, cache_dtype: torch.dtype, head_dim: int
+) -> None:
+    case = make_case(small_options(budget=0, finds_boundaries=False), 75, head_dim=head_dim)
+    case = dataclasses.replace(case, cache_dtype=cache_dtype)
+    _, state = prefill(implementation, case, [3, 16, 40])
+    for stored, found, channels in zip((case.key, case.value), held(state, 75), (32, head_dim), strict=True):
+        step = 2.0**-11 * stored.abs().double()  # half a unit in the last place of float16
+        if cache_dtype == torch.int8:  # half a step of 1/127 of the largest, of a scale rounded to float16
+            parts = [part.abs().amax(3, keepdim=True).expand_as(part) for part in stored.double().split(channels, 3)]
+            step = torch.cat(parts, 3) * (0.5 / 127 + 2.0**-11) + 1e-7
+        error = (found - stored.double()).abs()
+        assert bool((error <= (0 if cache_dtype == torch.float32 else step)).all())
+
+
+@both
+def test_an_int8_cache_keeps_zeros_extremes_and_what_is_not_finite(implementation: Implementation) -> None:
+    case = make_case(small_options(budget=0, finds_boundaries=False), 8, kv_heads=1, group=1, head_dim=40)
+    key = case.key.clone()
+    key[0, 0, 0], key[0, 0, 1], key[0, 0, 2], key[0, 0, 3, 5] = 0.0, 1e-30, 3e38, torch.nan
+    key[0, 0, 4, 35] = torch.inf
+    case = dataclasses.replace(case, key=key, cache_dtype=torch.int8)
+    state = case.new_state()
+    implementation.run(case, 0, 8, state)
+    found = held(state, 8)[0][0, 0]
+    assert not found[:2].any()
+    assert torch.equal(found[2], torch.full((40,), 127.0 * 65504, dtype=torch.float64))
+    assert found[3, :32].isnan().all() and not found[3, 32:].isnan().any()
+    assert found[4, 32:].isnan().all() and not found[4, :32].isnan().any()
+    assert not found[5:].isnan().any()
 
 
 @both

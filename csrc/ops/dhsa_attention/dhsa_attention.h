@@ -21,10 +21,15 @@
 //   a zero mean gives cosine 0. A call first clears every flag with e + kBoundaryReach > p (truncation), then decides
 //   the edges that became decidable. Flags not decided are 0.
 //
+// Cache: floats, halves, or 8-bit integers with a scale for each token, of values and of every 32 channels of keys:
+//   x ~ q * s, s = half(max |x| / 127), q = round(x / s) to even, at most 127 in magnitude. The scale belongs to one
+//   token, so a token is quantised when it arrives, whatever comes after it, and no open micro-block is kept aside. q * s
+//   is exact in float. Where a key or value is not finite its s is NaN. A micro-block is the integers, then the scales.
+//
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
 //   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
-//   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored in the
-//   cache's dtype, a variance in half precision at most as 65504. Summaries of incomplete micro-blocks are not defined.
+//   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored as
+//   floats if the cache is, else as halves, a variance at most as 65504. Those of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
@@ -82,7 +87,9 @@ inline constexpr int64_t kBoundaryReach = kBoundarySpan + kBoundaryWindow;
 inline constexpr int64_t kRefineFactor = 4;   // micro-blocks scored again: so many times those chosen,
 inline constexpr int64_t kRefineLeast = 256;  // and at least so many
 
-enum class Dtype : int { kFloat = 0, kHalf = 1 };
+inline constexpr int64_t kScaleChannels = 32;  // of a key that share a scale in an 8-bit cache
+
+enum class Dtype : int { kFloat = 0, kHalf = 1, kInt8 = 2 };  // kInt8: caches only
 enum class Chunking : int { kFixed = 0, kCosine = 1 };
 enum class Pooling : int { kMean = 0, kSqrt = 1, kCentred = 2, kMinMax = 3, kMoments = 4 };
 enum class QueryPooling : int { kQueryMean = 0, kQueryMax = 1 };
@@ -93,6 +100,15 @@ inline constexpr int64_t summary_vectors(Pooling pooling) {
   return pooling == Pooling::kMinMax || pooling == Pooling::kMoments ? 2 : 1;
 }
 
+// Bytes of a micro-block of keys and of values in a cache.
+inline constexpr int64_t key_block_bytes(Dtype cache, int64_t head_dim) {
+  if (cache != Dtype::kInt8) return kMicroBlock * head_dim * (cache == Dtype::kHalf ? 2 : 4);
+  return kMicroBlock * (head_dim + (head_dim + kScaleChannels - 1) / kScaleChannels * 2);
+}
+inline constexpr int64_t value_block_bytes(Dtype cache, int64_t head_dim) {
+  return cache == Dtype::kInt8 ? kMicroBlock * (head_dim + 2) : key_block_bytes(cache, head_dim);
+}
+
 struct Params {
   int64_t tokens = 0;       // S
   int64_t query_heads = 0;  // a multiple of kv_heads
@@ -100,7 +116,8 @@ struct Params {
   int64_t head_dim = 0;         // D
   int64_t capacity_blocks = 0;  // M: micro-blocks in the cache; input_pos + tokens <= 16 M
   int64_t input_pos = 0;        // tokens already stored; anything stored at or after it is dropped
-  Dtype dtype = Dtype::kFloat;  // of query, key, value, out, caches and summaries; arithmetic is float
+  Dtype dtype = Dtype::kFloat;  // of query, key, value and out: kFloat or kHalf; arithmetic is float
+  Dtype cache_dtype = Dtype::kFloat;
   float scale = 1.0f;
   float softcap = 0.0f;  // 0: none
   int64_t window = 0;    // 0: none; a token attends itself and the window - 1 before it
@@ -123,6 +140,7 @@ struct Tensors {
   const void* key = nullptr;
   const void* value = nullptr;
   void* out = nullptr;
+  // kInt8: key_cache [Hkv, M] of { int8 [D, 16], half [ceil(D / 32), 16] }, value_cache of { int8 [16, D], half [16] }.
   void* key_cache = nullptr;    // [Hkv, M, D, 16]: a micro-block is stored transposed
   void* value_cache = nullptr;  // [Hkv, M, 16, D]
   void* summaries = nullptr;    // [Hkv, M, P, D], P = summary_vectors(pooling); may be null when budget == 0 or kRecent

@@ -35,11 +35,20 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
                           const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries,
                           const Tensor& input_pos, const Tensor& out, Pooling pooling) {
   if (query.dim() != 4 || query.size(0) != 1) return "query must be [1, query heads, tokens, head_dim]";
-  if (key_cache.dim() != 4) return "key_cache must be [kv heads, micro-blocks, head_dim, 16]";
+  const ScalarType cache_dtype = key_cache.scalar_type();
+  const bool int8 = cache_dtype == ScalarType::Char;
+  if (key_cache.dim() != (int8 ? 3 : 4)) return "key_cache must be [kv heads, micro-blocks, head_dim, 16]; int8: bytes";
   const ScalarType dtype = query.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Half) return "query must be float32 or float16";
-  for (const Tensor* tensor : {&key, &value, &key_cache, &value_cache, &summaries, &out}) {
-    if (tensor->scalar_type() != dtype) return "query, key, value, caches, summaries and out must share one dtype";
+  for (const Tensor* tensor : {&key, &value, &out}) {
+    if (tensor->scalar_type() != dtype) return "query, key, value and out must share one dtype";
+  }
+  if (!int8 && cache_dtype != ScalarType::Float && cache_dtype != ScalarType::Half) {
+    return "the caches must be float32, float16 or int8";
+  }
+  if (value_cache.scalar_type() != cache_dtype) return "the caches must share one dtype";
+  if (summaries.scalar_type() != (cache_dtype == ScalarType::Float ? ScalarType::Float : ScalarType::Half)) {
+    return "summaries must be float32 beside a float32 cache, else float16";
   }
   if (boundaries.scalar_type() != ScalarType::Byte) return "boundaries must be uint8";
   if (input_pos.scalar_type() != ScalarType::Long || input_pos.numel() != 1) return "input_pos must be one int64";
@@ -50,8 +59,12 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
   if (!has_sizes(key, {1, heads, tokens, depth}) || !has_sizes(value, {1, heads, tokens, depth})) {
     return "key and value must be [1, kv heads, tokens, head_dim]";
   }
-  if (!has_sizes(key_cache, {heads, blocks, depth, kMicroBlock}) ||
-      !has_sizes(value_cache, {heads, blocks, kMicroBlock, depth})) {
+  if (int8 && (!has_sizes(key_cache, {heads, blocks, key_block_bytes(Dtype::kInt8, depth)}) ||
+               !has_sizes(value_cache, {heads, blocks, value_block_bytes(Dtype::kInt8, depth)}))) {
+    return "int8 caches must be [kv heads, micro-blocks, bytes of a micro-block]";
+  }
+  if (!int8 && (!has_sizes(key_cache, {heads, blocks, depth, kMicroBlock}) ||
+                !has_sizes(value_cache, {heads, blocks, kMicroBlock, depth}))) {
     return "the caches must be [kv heads, micro-blocks, head_dim, 16] and [kv heads, micro-blocks, 16, head_dim]";
   }
   const int64_t vectors = summary_vectors(pooling);
@@ -98,6 +111,10 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   params.capacity_blocks = key_cache.size(1);
   params.input_pos = input_pos.const_data_ptr<int64_t>()[0];
   params.dtype = query.scalar_type() == ScalarType::Half ? Dtype::kHalf : Dtype::kFloat;
+  const ScalarType cache_dtype = key_cache.scalar_type();
+  params.cache_dtype = cache_dtype == ScalarType::Float  ? Dtype::kFloat
+                       : cache_dtype == ScalarType::Half ? Dtype::kHalf
+                                                         : Dtype::kInt8;
   params.scale = static_cast<float>(scale);
   params.softcap = static_cast<float>(softcap);
   params.window = window;

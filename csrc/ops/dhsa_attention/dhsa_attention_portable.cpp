@@ -25,7 +25,7 @@ int64_t tasks_per_group(const Params& params) {
 
 int64_t worker_floats(const Params& params) {
   const int64_t rows = std::min(tokens_per_task(params), params.tokens) * group_size(params);
-  const int64_t attend = attend_scratch_floats(rows, params.head_dim, params.dtype == Dtype::kHalf);
+  const int64_t attend = attend_scratch_floats(rows, params.head_dim, params.cache_dtype != Dtype::kFloat);
   return round_up(std::max(attend, select_scratch_floats(params)), kAlignment / sizeof(float));
 }
 
@@ -89,12 +89,14 @@ void attend_groups(const Params& params, const Tensors& tensors, int64_t first_g
     const auto at = [&](const void* base, int64_t elements) {
       return static_cast<const char*>(base) + elements * element_bytes;
     };
-    const int64_t cache = head * params.capacity_blocks * kMicroBlock * depth;
+    const auto head_of = [&](const void* cache, int64_t block_bytes) {
+      return static_cast<const char*>(cache) + head * params.capacity_blocks * block_bytes;
+    };
     AttendTask task;
     task.query = at(tensors.query, (head * size * params.tokens + row) * depth);
     task.query_head_stride = params.tokens * depth;
-    task.key_blocks = at(tensors.key_cache, cache);
-    task.value_blocks = at(tensors.value_cache, cache);
+    task.key_blocks = head_of(tensors.key_cache, key_block_bytes(params.cache_dtype, depth));
+    task.value_blocks = head_of(tensors.value_cache, value_block_bytes(params.cache_dtype, depth));
     task.out = static_cast<char*>(tensors.out) + (row * params.query_heads + head * size) * depth * element_bytes;
     task.out_token_stride = params.query_heads * depth;
     task.ids = lists.ids + list * params.capacity_blocks;
@@ -107,6 +109,7 @@ void attend_groups(const Params& params, const Tensors& tensors, int64_t first_g
     task.scale = params.scale;
     task.softcap = params.softcap;
     task.dtype = params.dtype;
+    task.cache_dtype = params.cache_dtype;
     task.scratch = scratch + worker * floats;
     variant.attend(task);
   });
@@ -143,6 +146,9 @@ const char* check(const Params& params, const Tensors& tensors) {
     return "input_pos + tokens exceeds the cache: export with a larger max-context, or pass fewer tokens";
   }
   if (params.dtype != Dtype::kFloat && params.dtype != Dtype::kHalf) return "dtype must be float32 or float16";
+  if (static_cast<int>(params.cache_dtype) < 0 || static_cast<int>(params.cache_dtype) > 2) {
+    return "the cache must be float32, float16 or int8";
+  }
   if (!std::isfinite(params.scale)) return "scale is not finite";
   if (!std::isfinite(params.softcap) || params.softcap < 0.0f) return "softcap must be 0 (none) or a positive number";
   if (params.window < 0) return "window must be 0 (none) or a number of tokens";

@@ -17,7 +17,7 @@ inline constexpr int64_t kTaskRows = 256;  // most rows of a task, unless one to
 struct AttendTask {
   const void* query;          // first token of the task, first query head of the KV head; [group, ...] by head_stride
   int64_t query_head_stride;  // elements
-  const void* key_blocks;     // [M, D, 16] of this KV head
+  const void* key_blocks;     // [M, D, 16] of this KV head, in the cache's dtype
   const void* value_blocks;   // [M, 16, D]
   void* out;                  // first token of the task, first query head: [tokens, group, D] by out_token_stride
   int64_t out_token_stride;   // elements
@@ -31,6 +31,7 @@ struct AttendTask {
   float scale;
   float softcap;
   Dtype dtype;
+  Dtype cache_dtype;
   float* scratch;  // attend_scratch_floats(...), aligned to 64 bytes
 };
 
@@ -43,8 +44,8 @@ struct Kernels {
   void (*widen)(const uint16_t* halves, float* floats, int64_t count);
   // log2 of sum_i 2^(sum_c weights[c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16], as what it
   // peaks at and what is left: *sum in [1, 16], and the logarithm is *peak + log2(*sum).
-  void (*channel_mass)(const float* weights, const int32_t* channels, int64_t count, const void* key_block, Dtype dtype,
-                       float* peak, float* sum);
+  void (*channel_mass)(const float* weights, const int32_t* channels, int64_t count, const void* key_block,
+                       int64_t head_dim, Dtype cache_dtype, float* peak, float* sum);
 };
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
@@ -52,11 +53,11 @@ inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 // Rows of the largest task, and the scratch of one worker: queries, outputs, one step of scores, row sums and maxima,
-// and one step of keys and values widened from half precision.
+// and one step of keys and values widened from a narrower cache.
 inline constexpr int64_t task_tokens(int64_t group) { return group >= kTaskRows ? 1 : kTaskRows / group; }
-inline constexpr int64_t attend_scratch_floats(int64_t rows, int64_t head_dim, bool half) {
+inline constexpr int64_t attend_scratch_floats(int64_t rows, int64_t head_dim, bool narrow) {
   const int64_t width = round_up(head_dim, kMicroBlock);
-  return round_up(rows * (2 * width + kStepKeys + kMicroBlock + 1) + (half ? 2 * kStepKeys * width : 0), kMicroBlock);
+  return round_up(rows * (2 * width + kStepKeys + kMicroBlock + 1) + (narrow ? 2 * kStepKeys * width : 0), kMicroBlock);
 }
 
 // The variants that this CPU can run, the fastest first and "portable" last.

@@ -159,7 +159,7 @@ struct Scratch {
   float* s;        // [rows, 128]: scores, then weights
   float* sums;     // [rows, 16]: one sum per lane of a micro-block, added up at the end
   float* maximum;  // [rows], log2 units; -inf before the first visible key
-  float* keys;     // one step widened from half precision, else unused
+  float* keys;     // one step widened from a narrower cache, else unused
   float* values;
   int64_t width;  // D rounded up to 16
 };
@@ -200,22 +200,60 @@ void load_queries(const AttendTask& task, const Scratch& scratch) {
   }
 }
 
+// 16 integers, each times its scale.
+EDGERUN_INLINE void scale_integers(const int8_t* integers, const float* scales, float* target) {
+  for (int64_t i = 0; i < kMicroBlock; ++i) target[i] = static_cast<float>(integers[i]) * scales[i];
+}
+
+EDGERUN_INLINE const uint16_t* key_scales(const int8_t* block, int64_t depth) {
+  return reinterpret_cast<const uint16_t*>(block + kMicroBlock * depth);
+}
+
+void widen_keys(Dtype cache_dtype, const void* block, int64_t depth, float* target) {
+  if (cache_dtype == Dtype::kHalf) {
+    halves_to_floats(static_cast<const uint16_t*>(block), target, kMicroBlock * depth);
+    return;
+  }
+  const int8_t* integers = static_cast<const int8_t*>(block);
+  const uint16_t* halves = key_scales(integers, depth);
+  for (int64_t first = 0; first < depth; first += kScaleChannels, halves += kMicroBlock) {
+    float scales[kMicroBlock];
+    halves_to_floats(halves, scales, kMicroBlock);
+    const int64_t end = smaller(first + kScaleChannels, depth);
+    for (int64_t d = first; d < end; ++d) scale_integers(integers + d * kMicroBlock, scales, target + d * kMicroBlock);
+  }
+}
+
+void widen_values(Dtype cache_dtype, const void* block, int64_t depth, float* target) {
+  if (cache_dtype == Dtype::kHalf) {
+    halves_to_floats(static_cast<const uint16_t*>(block), target, kMicroBlock * depth);
+    return;
+  }
+  const int8_t* integers = static_cast<const int8_t*>(block);
+  float scales[kMicroBlock];
+  halves_to_floats(key_scales(integers, depth), scales, kMicroBlock);
+  for (int64_t j = 0; j < kMicroBlock; ++j) {
+    for (int64_t d = 0; d < depth; ++d) target[j * depth + d] = static_cast<float>(integers[j * depth + d]) * scales[j];
+  }
+}
+
 void load_step(const AttendTask& task, const Scratch& scratch, int64_t begin, Step& step) {
   step.ids = task.ids + begin;
   step.count = smaller(kStepBlocks, task.count - begin);
-  const int64_t block_floats = kMicroBlock * task.head_dim;
+  const int64_t depth = task.head_dim;
+  const int64_t block_floats = kMicroBlock * depth;
+  const int64_t key_bytes = key_block_bytes(task.cache_dtype, depth);
+  const int64_t value_bytes = value_block_bytes(task.cache_dtype, depth);
   for (int64_t b = 0; b < step.count; ++b) {
-    const int64_t offset = step.ids[b] * block_floats;
-    if (task.dtype == Dtype::kHalf) {
-      float* key = scratch.keys + b * block_floats;
-      float* value = scratch.values + b * block_floats;
-      halves_to_floats(static_cast<const uint16_t*>(task.key_blocks) + offset, key, block_floats);
-      halves_to_floats(static_cast<const uint16_t*>(task.value_blocks) + offset, value, block_floats);
-      step.k[b] = key;
-      step.v[b] = value;
-    } else {
-      step.k[b] = static_cast<const float*>(task.key_blocks) + offset;
-      step.v[b] = static_cast<const float*>(task.value_blocks) + offset;
+    const char* key = static_cast<const char*>(task.key_blocks) + step.ids[b] * key_bytes;
+    const char* value = static_cast<const char*>(task.value_blocks) + step.ids[b] * value_bytes;
+    step.k[b] = reinterpret_cast<const float*>(key);
+    step.v[b] = reinterpret_cast<const float*>(value);
+    if (task.cache_dtype != Dtype::kFloat) {
+      widen_keys(task.cache_dtype, key, depth, scratch.keys + b * block_floats);
+      widen_values(task.cache_dtype, value, depth, scratch.values + b * block_floats);
+      step.k[b] = scratch.keys + b * block_floats;
+      step.v[b] = scratch.values + b * block_floats;
     }
   }
   const int64_t last_position = task.first_position + task.tokens - 1;
@@ -368,8 +406,8 @@ void attend(const AttendTask& whole) {
   scratch.sums = scratch.s + rows * kStepKeys;
   scratch.o = scratch.sums + rows * kMicroBlock;
   scratch.keys = scratch.o + rows * scratch.width;
-  scratch.values = scratch.keys + (task.dtype == Dtype::kHalf ? kStepKeys * scratch.width : 0);
-  scratch.q = scratch.values + (task.dtype == Dtype::kHalf ? kStepKeys * scratch.width : 0);
+  scratch.values = scratch.keys + (task.cache_dtype != Dtype::kFloat ? kStepKeys * scratch.width : 0);
+  scratch.q = scratch.values + (task.cache_dtype != Dtype::kFloat ? kStepKeys * scratch.width : 0);
   scratch.maximum = scratch.q + rows * task.head_dim;
   std::memset(scratch.sums, 0, rows * (kMicroBlock + scratch.width) * sizeof(float));
   for (int64_t row = 0; row < rows; ++row) scratch.maximum[row] = -__builtin_inff();
@@ -438,15 +476,22 @@ void score(const float* queries, int64_t count, const float* low, const float* h
 
 void widen(const uint16_t* halves, float* floats, int64_t count) { halves_to_floats(halves, floats, count); }
 
-void channel_mass(const float* weights, const int32_t* channels, int64_t count, const void* key_block, Dtype dtype,
-                  float* peak, float* sum) {
+void channel_mass(const float* weights, const int32_t* channels, int64_t count, const void* key_block, int64_t depth,
+                  Dtype cache_dtype, float* peak, float* sum) {
   Vector acc[kPerBlock] = {};
   for (int64_t c = 0; c < count; ++c) {
     float widened[kMicroBlock];
-    const float* row = static_cast<const float*>(key_block) + channels[c] * kMicroBlock;
-    if (dtype == Dtype::kHalf) {
-      halves_to_floats(static_cast<const uint16_t*>(key_block) + channels[c] * kMicroBlock, widened, kMicroBlock);
-      row = widened;
+    const float* row = widened;
+    const int64_t offset = channels[c] * kMicroBlock;
+    if (cache_dtype == Dtype::kFloat) {
+      row = static_cast<const float*>(key_block) + offset;
+    } else if (cache_dtype == Dtype::kHalf) {
+      halves_to_floats(static_cast<const uint16_t*>(key_block) + offset, widened, kMicroBlock);
+    } else {
+      const int8_t* integers = static_cast<const int8_t*>(key_block);
+      float scales[kMicroBlock];
+      halves_to_floats(key_scales(integers, depth) + channels[c] / kScaleChannels * kMicroBlock, scales, kMicroBlock);
+      scale_integers(integers + offset, scales, widened);
     }
     for (int v = 0; v < kPerBlock; ++v) acc[v] += weights[c] * load(row + v * kLanes);
   }

@@ -103,7 +103,7 @@ class Scorer {
     const int64_t elements = summary_vectors(params_.pooling) * params_.head_dim;
     const char* summary = summaries_ + block * elements * element_bytes();
     const float* low = reinterpret_cast<const float*>(summary);
-    if (params_.dtype == Dtype::kHalf) {
+    if (params_.cache_dtype != Dtype::kFloat) {
       kernels_.widen(reinterpret_cast<const uint16_t*>(summary), widened_, elements);
       low = widened_;
     }
@@ -112,7 +112,7 @@ class Scorer {
   }
 
  private:
-  int64_t element_bytes() const { return params_.dtype == Dtype::kHalf ? 2 : 4; }
+  int64_t element_bytes() const { return params_.cache_dtype == Dtype::kFloat ? 4 : 2; }
 
   const Params& params_;
   const Kernels& kernels_;
@@ -245,7 +245,7 @@ void refine_scores(const Params& params, const Tensors& tensors, int64_t head, c
                    const Refinement& refinement, const float* origins, const uint16_t* ids, int64_t count,
                    float* scores, Chunk* ranked) {
   const int64_t depth = params.head_dim;
-  const int64_t block_bytes = kMicroBlock * depth * (params.dtype == Dtype::kHalf ? 2 : 4);
+  const int64_t block_bytes = key_block_bytes(params.cache_dtype, depth);
   const char* keys = static_cast<const char*>(tensors.key_cache) + head * params.capacity_blocks * block_bytes;
   const auto channel_mass = kernels().channel_mass;
   for (int64_t i = 0; i < count; ++i) {
@@ -255,7 +255,7 @@ void refine_scores(const Params& params, const Tensors& tensors, int64_t head, c
       float peak;
       float sum;
       channel_mass(refinement.weights + q * depth, refinement.channels + q * depth, refinement.counts[q],
-                   keys + ids[i] * block_bytes, params.dtype, &peak, &sum);
+                   keys + ids[i] * block_bytes, depth, params.cache_dtype, &peak, &sum);
       const float score = scores[q] - origins[q] + 0.69314718f * (peak + std::log2(sum) - 4.0f);
       best = score > best ? score : best;
     }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "csrc/base/half.h"
 #include "csrc/ops/dhsa_attention/state.h"
@@ -10,63 +12,132 @@
 namespace edgerun::dhsa {
 namespace {
 
+constexpr float kLargestHalf = 65504.0f;
+constexpr uint16_t kHalfNan = 0x7e00;
+
 // Keys are scattered into [D][16], values copied into [16][D]; both are zero from the last token to the end of its
 // micro-block: kernels read whole micro-blocks, and 0 * NaN would be NaN.
-template <typename Element>
+template <typename Source, typename Element>
+void store_tokens(const Source* key, const Source* value, int64_t depth, int64_t lane, int64_t count, void* key_block,
+                  void* value_block) {
+  Element* keys = static_cast<Element*>(key_block);
+  Element* values = static_cast<Element*>(value_block) + lane * depth;
+  for (int64_t d = 0; d < depth; ++d) {
+    Element* row = keys + d * kMicroBlock;
+    for (int64_t i = 0; i < count; ++i) from_float(to_float(key[i * depth + d]), row + lane + i);
+    for (int64_t i = lane + count; i < kMicroBlock; ++i) row[i] = Element{};
+  }
+  if constexpr (std::is_same_v<Source, Element>) {
+    std::memcpy(values, value, count * depth * sizeof(Element));
+  } else {
+    for (int64_t i = 0; i < count * depth; ++i) from_float(to_float(value[i]), values + i);
+  }
+  std::memset(values + count * depth, 0, (kMicroBlock - lane - count) * depth * sizeof(Element));
+}
+
+// `count` values into integers `stride` apart; returns their scale as a half.
+template <typename Source>
+uint16_t quantize(const Source* source, int64_t count, int8_t* integers, int64_t stride) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(to_float(source[i]));
+    finite &= magnitude <= std::numeric_limits<float>::max();
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const uint16_t half = finite ? float_to_half(std::min(largest / 127.0f, kLargestHalf)) : kHalfNan;
+  const float scale = half_to_float(half);
+  for (int64_t i = 0; i < count; ++i) {
+    float x = finite && scale > 0.0f ? to_float(source[i]) / scale : 0.0f;
+    x = std::min(std::max(x, -127.0f), 127.0f);
+    integers[i * stride] = static_cast<int8_t>(std::nearbyint(x));
+  }
+  return half;
+}
+
+template <typename Source>
+void quantize_tokens(const Source* key, const Source* value, int64_t depth, int64_t lane, int64_t count,
+                     void* key_block, void* value_block) {
+  int8_t* keys = static_cast<int8_t*>(key_block);
+  int8_t* values = static_cast<int8_t*>(value_block);
+  uint16_t* key_scales = reinterpret_cast<uint16_t*>(keys + kMicroBlock * depth);
+  uint16_t* value_scales = reinterpret_cast<uint16_t*>(values + kMicroBlock * depth);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < depth; d += kScaleChannels) {
+      key_scales[d / kScaleChannels * kMicroBlock + lane + i] = quantize(
+          key + i * depth + d, std::min(kScaleChannels, depth - d), keys + d * kMicroBlock + lane + i, kMicroBlock);
+    }
+    value_scales[lane + i] = quantize(value + i * depth, depth, values + (lane + i) * depth, 1);
+  }
+  const int64_t left = kMicroBlock - lane - count;
+  for (int64_t d = 0; d < depth; ++d) std::memset(keys + d * kMicroBlock + lane + count, 0, left);
+  for (int64_t d = 0; d < depth; d += kScaleChannels) {
+    std::memset(key_scales + d / kScaleChannels * kMicroBlock + lane + count, 0, left * sizeof(uint16_t));
+  }
+  std::memset(values + (lane + count) * depth, 0, left * depth);
+  std::memset(value_scales + lane + count, 0, left * sizeof(uint16_t));
+}
+
+template <typename Source>
 void append_head_of(const Params& params, const Tensors& tensors, int64_t head) {
   const int64_t depth = params.head_dim;
-  const int64_t block_elements = kMicroBlock * depth;
-  const Element* key = static_cast<const Element*>(tensors.key) + head * params.tokens * depth;
-  const Element* value = static_cast<const Element*>(tensors.value) + head * params.tokens * depth;
-  Element* key_blocks = static_cast<Element*>(tensors.key_cache) + head * params.capacity_blocks * block_elements;
-  Element* value_blocks = static_cast<Element*>(tensors.value_cache) + head * params.capacity_blocks * block_elements;
+  const int64_t key_bytes = key_block_bytes(params.cache_dtype, depth);
+  const int64_t value_bytes = value_block_bytes(params.cache_dtype, depth);
+  const Source* key = static_cast<const Source*>(tensors.key) + head * params.tokens * depth;
+  const Source* value = static_cast<const Source*>(tensors.value) + head * params.tokens * depth;
+  char* key_blocks = static_cast<char*>(tensors.key_cache) + head * params.capacity_blocks * key_bytes;
+  char* value_blocks = static_cast<char*>(tensors.value_cache) + head * params.capacity_blocks * value_bytes;
+  const auto store = params.cache_dtype == Dtype::kFloat  ? store_tokens<Source, float>
+                     : params.cache_dtype == Dtype::kHalf ? store_tokens<Source, uint16_t>
+                                                          : quantize_tokens<Source>;
   const int64_t end = params.input_pos + params.tokens;
   for (int64_t position = params.input_pos; position < end;) {
     const int64_t lane = position % kMicroBlock;
     const int64_t count = std::min(kMicroBlock - lane, end - position);
-    Element* key_block = key_blocks + position / kMicroBlock * block_elements;
-    Element* value_block = value_blocks + position / kMicroBlock * block_elements;
-    for (int64_t d = 0; d < depth; ++d) {
-      Element* row = key_block + d * kMicroBlock;
-      for (int64_t i = 0; i < count; ++i) row[lane + i] = key[i * depth + d];
-      for (int64_t i = lane + count; i < kMicroBlock; ++i) row[i] = Element{};
-    }
-    std::memcpy(value_block + lane * depth, value, count * depth * sizeof(Element));
-    std::memset(value_block + (lane + count) * depth, 0, (kMicroBlock - lane - count) * depth * sizeof(Element));
+    store(key, value, depth, lane, count, key_blocks + position / kMicroBlock * key_bytes,
+          value_blocks + position / kMicroBlock * value_bytes);
     key += count * depth;
     value += count * depth;
     position += count;
   }
 }
 
-// [e - 12, e + 12) of one channel, as doubles: the last 12 lanes of one micro-block and the first 12 of the next.
-template <typename Element>
-void load_span(const Element* before, const Element* after, double* x) {
-  for (int64_t i = 0; i < kBoundaryReach; ++i) {
-    x[i] = to_float(before[kMicroBlock - kBoundaryReach + i]);
-    x[kBoundaryReach + i] = to_float(after[i]);
+// One channel of a micro-block of keys, as floats. Head-major caches: block = head M + micro-block.
+void read_channel(const Params& params, const Tensors& tensors, int64_t block, int64_t channel, float* target) {
+  const char* keys =
+      static_cast<const char*>(tensors.key_cache) + block * key_block_bytes(params.cache_dtype, params.head_dim);
+  const int64_t offset = channel * kMicroBlock;
+  if (params.cache_dtype == Dtype::kFloat) {
+    std::memcpy(target, reinterpret_cast<const float*>(keys) + offset, kMicroBlock * sizeof(float));
+  } else if (params.cache_dtype == Dtype::kHalf) {
+    halves_to_floats(reinterpret_cast<const uint16_t*>(keys) + offset, target, kMicroBlock);
+  } else {
+    const int8_t* integers = reinterpret_cast<const int8_t*>(keys);
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(integers + kMicroBlock * params.head_dim) +
+                             channel / kScaleChannels * kMicroBlock;
+    halves_to_floats(scales, target, kMicroBlock);
+    for (int64_t i = 0; i < kMicroBlock; ++i) target[i] *= static_cast<float>(integers[offset + i]);
   }
 }
 
 // Largest 1 - cosine over the gaps [e - 8, e + 8]. Sums stand for means: their cosine is the same.
-template <typename Element>
 double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge) {
   constexpr int64_t kSpan = 2 * kBoundaryReach;          // tokens
   constexpr int64_t kGaps = 2 * kBoundarySpan + 1;       // candidate gaps
   constexpr int64_t kWindows = kGaps + kBoundaryWindow;  // windows of 4 tokens that start in the span
   static_assert(kWindows + kBoundaryWindow - 1 == kSpan);
   const int64_t depth = params.head_dim;
-  const int64_t block_elements = kMicroBlock * depth;
   double dots[kGaps] = {};
   double squares[kWindows] = {};
   for (int64_t head = 0; head < params.kv_heads; ++head) {
-    const Element* after = static_cast<const Element*>(tensors.key_cache) +
-                           (head * params.capacity_blocks + edge / kMicroBlock) * block_elements;
-    const Element* before = after - block_elements;
+    const int64_t after = head * params.capacity_blocks + edge / kMicroBlock;
     for (int64_t d = 0; d < depth; ++d) {
+      float keys[2 * kMicroBlock];  // of the micro-blocks before and after the edge
       double x[kSpan];
+      read_channel(params, tensors, after - 1, d, keys);
+      read_channel(params, tensors, after, d, keys + kMicroBlock);
+      for (int64_t i = 0; i < kSpan; ++i) x[i] = keys[kMicroBlock - kBoundaryReach + i];
       double window[kWindows];
-      load_span(before + d * kMicroBlock, after + d * kMicroBlock, x);
       for (int64_t i = 0; i < kWindows; ++i) window[i] = (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
       for (int64_t i = 0; i < kWindows; ++i) squares[i] += window[i] * window[i];
       for (int64_t i = 0; i < kGaps; ++i) dots[i] += window[i] * window[i + kBoundaryWindow];
@@ -81,8 +152,6 @@ double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge
   return best;
 }
 
-constexpr float kLargestHalf = 65504.0f;
-
 template <typename Element>
 void summarize_head_of(const Params& params, const Tensors& tensors, int64_t head) {
   const int64_t depth = params.head_dim;
@@ -90,32 +159,29 @@ void summarize_head_of(const Params& params, const Tensors& tensors, int64_t hea
   const int64_t end = (params.input_pos + params.tokens) / kMicroBlock;
   for (int64_t block = params.input_pos / kMicroBlock; block < end; ++block) {
     const int64_t index = head * params.capacity_blocks + block;
-    const Element* keys = static_cast<const Element*>(tensors.key_cache) + index * kMicroBlock * depth;
     Element* summary = static_cast<Element*>(tensors.summaries) + index * vectors * depth;
-    for (int64_t d = 0; d < depth; ++d, keys += kMicroBlock) {
+    for (int64_t d = 0; d < depth; ++d) {
+      float keys[kMicroBlock];
+      read_channel(params, tensors, index, d, keys);
       if (params.pooling == Pooling::kMinMax) {
-        float low = to_float(keys[0]);
+        float low = keys[0];
         float high = low;
         for (int64_t i = 1; i < kMicroBlock; ++i) {
-          const float x = to_float(keys[i]);
-          low = x < low ? x : low;
-          high = x > high ? x : high;
+          low = keys[i] < low ? keys[i] : low;
+          high = keys[i] > high ? keys[i] : high;
         }
         from_float(low, summary + d);
         from_float(high, summary + depth + d);
       } else {
         float sum = 0.0f;
-        for (int64_t i = 0; i < kMicroBlock; ++i) sum += to_float(keys[i]);
+        for (int64_t i = 0; i < kMicroBlock; ++i) sum += keys[i];
         const float mean = sum * (1.0f / kMicroBlock);
         from_float(mean, summary + d);
         if (params.pooling == Pooling::kMoments) {
           float squares = 0.0f;
-          for (int64_t i = 0; i < kMicroBlock; ++i) {
-            const float deviation = to_float(keys[i]) - mean;
-            squares += deviation * deviation;
-          }
+          for (int64_t i = 0; i < kMicroBlock; ++i) squares += (keys[i] - mean) * (keys[i] - mean);
           const float variance = squares * (1.0f / kMicroBlock);
-          from_float(params.dtype == Dtype::kHalf ? std::min(variance, kLargestHalf) : variance, summary + depth + d);
+          from_float(sizeof(Element) == 2 ? std::min(variance, kLargestHalf) : variance, summary + depth + d);
         }
       }
     }
@@ -134,8 +200,8 @@ void append_head(const Params& params, const Tensors& tensors, int64_t head) {
 }
 
 void summarize_head(const Params& params, const Tensors& tensors, int64_t head) {
-  params.dtype == Dtype::kHalf ? summarize_head_of<uint16_t>(params, tensors, head)
-                               : summarize_head_of<float>(params, tensors, head);
+  params.cache_dtype == Dtype::kFloat ? summarize_head_of<float>(params, tensors, head)
+                                      : summarize_head_of<uint16_t>(params, tensors, head);
 }
 
 void append(const Params& params, const Tensors& tensors) {
@@ -163,9 +229,7 @@ void find_boundaries(const Params& params, const Tensors& tensors) {
     const int64_t edge = block * kMicroBlock;
     bool cut = edge % kMaxChunk == 0;
     if (!cut && params.chunking == Chunking::kCosine) {
-      const double score = params.dtype == Dtype::kHalf ? best_gap_score<uint16_t>(params, tensors, edge)
-                                                        : best_gap_score<float>(params, tensors, edge);
-      cut = score > static_cast<double>(params.boundary_threshold);
+      cut = best_gap_score(params, tensors, edge) > static_cast<double>(params.boundary_threshold);
     }
     tensors.boundaries[block] = cut ? 1 : 0;
   }
