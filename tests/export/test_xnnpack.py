@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from edgerun import compare
+from edgerun.export.lower import spooled_xnnpack
 from edgerun.export.lower.executorch import lower
 from tests.export.programs import partitions, portable_calls
 
@@ -94,6 +96,19 @@ def test_is_one_partition_and_right_for_any_length(
     program = lowered(then)
     assert (partitions(program.path), portable_calls(program.path)) == (1, [])
     assert program.worst_relative_l2() <= compare.tolerance("op_fp32")
+
+
+def activations(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x) * torch.softmax(x, -1)
+
+
+@pytest.mark.parametrize("then", [rotate, split, activations])
+def test_passes_left_out_change_no_byte(
+    then: Callable[[torch.Tensor], torch.Tensor], lowered: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shortened = lowered(then).path.read_bytes()
+    monkeypatch.setattr(spooled_xnnpack, "needed_passes", contextlib.nullcontext)
+    assert lowered(then).path.read_bytes() == shortened
 
 
 def test_a_slice_of_the_open_dimension_stays_outside(lowered: Lower) -> None:
