@@ -32,10 +32,10 @@ _BYTES = {"fp32": 4, "fp16": 2}
 # A linear layer's packed bytes: a weight's, and each output row's (scale, bias and the sum of its integers).
 _PER_WEIGHT = {"int8": 1.0, "8da4w": 0.5 + 2 / 32}
 _PER_ROW = {"none": 4, "int8": 12, "8da4w": 8}
-# Buffers of one prefill slice that are alive at once. In the delegate: gate, up and their product; in the program's own
-# plan: the residual stream and the attention's inputs, fitted to what ExecuTorch plans for Llama shapes.
+# Buffers of one prefill slice that are alive at once in the delegate: gate, up and their product; or, where heads are
+# wide, what rotates queries and keys: them, them in order of heads, and each times cosines and sines.
 _WIDE_BUFFERS = 3
-_RESIDUAL_BUFFERS, _KEY_VALUE_BUFFERS = 1.0, 8.5
+_ROTATION_BUFFERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ModelSizes:
     """What the plan needs of a model. Nothing here depends on the recipe."""
 
     linears: tuple[tuple[int, int], ...]  # (inputs, outputs) of every linear layer but a tied head
-    other_elements: int  # norms and the like
+    other_elements: int  # norms, which are float32 in every bundle, and the like
     vocab: int
     hidden: int
     tied: bool
@@ -142,7 +142,7 @@ def _weights_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
     )
     stored = embedding_format(recipe)
     table = sizes.vocab * (sizes.hidden + 4 if stored == "int8" else sizes.hidden * _BYTES[stored])
-    return math.ceil(packed) + sizes.other_elements * element + (table if sizes.tied else 0)
+    return math.ceil(packed) + sizes.other_elements * _BYTES["fp32"] + (table if sizes.tied else 0)
 
 
 def _cache_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
@@ -161,14 +161,17 @@ def _cache_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
 
 
 def _planned_activation_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
-    key_value = max(2 * site.kv_heads * site.head_dim for site in sizes.sites)
-    floats = recipe.prefill_slice * (_RESIDUAL_BUFFERS * sizes.hidden + _KEY_VALUE_BUFFERS * key_value) + sizes.vocab
-    return math.ceil(floats * _BYTES[recipe.dtype])
+    """What the program's own plan holds while a layer attends: the residual stream, the attention's inputs and output,
+    cosines and sines."""
+    attending = max((2 * one.query_heads + 2 * one.kv_heads + 2) * one.head_dim for one in sizes.sites)
+    return math.ceil((recipe.prefill_slice * (sizes.hidden + attending) + sizes.vocab) * _BYTES[recipe.dtype])
 
 
 def _workspace_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
     widest = max((inputs for inputs, _ in sizes.linears), default=sizes.hidden)
-    return recipe.prefill_slice * widest * _WIDE_BUFFERS * _BYTES[recipe.dtype]
+    rotated = max((one.query_heads + 2 * one.kv_heads) * one.head_dim for one in sizes.sites)
+    floats = recipe.prefill_slice * max(_WIDE_BUFFERS * widest, _ROTATION_BUFFERS * rotated)
+    return floats * _BYTES[recipe.dtype]
 
 
 def _alternatives(sizes: ModelSizes, recipe: Recipe, limit_bytes: int) -> list[str]:

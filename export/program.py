@@ -8,6 +8,7 @@ import torch
 
 from edgerun.errors import ExportError
 from edgerun.models.causal_lm import CausalLM
+from edgerun.models.rms_norm import RmsNorm
 from edgerun.models.token_table import TiedHead
 
 
@@ -29,11 +30,13 @@ def export_program(model: CausalLM, prefill_slice: int) -> torch.export.Exported
 def _check_operators(program: torch.export.ExportedProgram, model: CausalLM) -> None:
     found = collections.Counter(node.target for node in program.graph.nodes if node.op == "call_function")
     ops = torch.ops.edgerun
+    norms = sum(isinstance(module, RmsNorm) for module in model.modules())
     tied = any(isinstance(module, TiedHead) for module in model.modules())
     expected = {
         ops.dhsa_attention.default: len(model.options),
         ops.embedding_lookup.default: 1,
         ops.embedding_logits.default: int(tied),
+        ops.rms_norm.default: norms,
     }
     for operator, count in expected.items():
         if found[operator] != count:

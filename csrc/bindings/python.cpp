@@ -3,11 +3,13 @@
 
 void register_embedding(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
+void register_rms_norm(pybind11::module_& module);
 void register_sessions(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "edgerun's native part";
   register_embedding(module);
   register_ops(module);
+  register_rms_norm(module);
   register_sessions(module);
 }

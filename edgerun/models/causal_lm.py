@@ -1,8 +1,8 @@
 """CausalLM: any decoder-only transformers model with edgerun's attention, its state as buffers.
 
 transformers builds the model on the meta device; weights then come module by module from the mapped checkpoint, so that
-quantisation needs no more than one module in full precision. The forward pass is transformers' own (norms, multipliers,
-soft-capping of the logits); attention, the token embedding and a tied head are edgerun's ops.
+quantisation needs no more than one module in full precision. The forward pass is transformers' own (multipliers,
+activations, soft-capping of the logits); attention, norms, the token embedding and a tied head are edgerun's ops.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from edgerun.checkpoint import Checkpoint, Progress, model_class
 from edgerun.errors import CheckpointError, ExportError
 from edgerun.models import cached_attention
 from edgerun.models.cached_attention import AttentionSite, Step
+from edgerun.models.rms_norm import as_rms_norm
 from edgerun.models.rotary import freeze_rotary, rope_types
 from edgerun.models.token_table import TiedHead, TokenTable, multiplier_of
 from edgerun.ops import embedding_logits, embedding_lookup  # noqa: F401  (registers the ops)
@@ -235,6 +236,8 @@ def _materialise(
             if isinstance(module, nn.Linear) and (transformed := transform(module)) is not module:
                 decoder.set_submodule(prefix, transformed)
                 module._parameters.clear()  # `modules` still holds it; its full-precision weight must go now
+            if (norm := as_rms_norm(module)) is not None:
+                decoder.set_submodule(prefix, norm)
         names.checkpoint.release_pages()
         if progress is not None:
             progress("load weights", (done + 1) / len(modules))

@@ -32,19 +32,22 @@ class LoweredProgram:
 def lower(
     program: torch.export.ExportedProgram, path: pathlib.Path, constant_methods: dict[str, Any]
 ) -> LoweredProgram:
-    """Write `program` to `path`. `constant_methods` are functions of no argument that the .pte answers.
+    """Write `program` to `path`; its graph is changed. `constant_methods` are functions of no argument of the .pte.
 
     Raises ExportError when the file does not reach the disk whole; OSError from writing is passed on.
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
     from edgerun.export.lower.spooled_xnnpack import SpoolingPartitioner, as_xnnpack
+    from edgerun.export.lower.xnnpack_rewrites import InferredReshapes, SlicesForSplits, spell_out_tanh_gelu
 
     # Beside the program: the same disk takes both, and an aborted export removes the folder with the bundle's.
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as spool:
         warnings.simplefilter("ignore")  # that state starts undefined is intended: input_pos 0 drops it
+        spell_out_tanh_gelu(program)
         edge = to_edge_transform_and_lower(
             program,
+            transform_passes=[SlicesForSplits(), InferredReshapes()],
             partitioner=[SpoolingPartitioner(pathlib.Path(spool))],
             constant_methods=constant_methods,
             compile_config=EdgeCompileConfig(_check_ir_validity=False),

@@ -26,6 +26,7 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export.exported_program import ExportedProgram
 
 from edgerun.export.lower.xnnpack_configs import partitioner_configs
+from edgerun.export.lower.xnnpack_passes import needed_passes
 
 _SPOOL = "edgerun_spool_folder"
 _SMALL_BYTES = 1 << 16  # smaller buffers stay in memory: a file each would cost more than it frees
@@ -63,7 +64,8 @@ class SpooledXnnpackBackend(BackendDetails):  # type: ignore[misc]
     def preprocess(edge_program: ExportedProgram, compile_specs: list[CompileSpec]) -> PreprocessResult:
         """XNNPACK's own result, its buffers moved to the spool folder."""
         folder = pathlib.Path(next(spec.value for spec in compile_specs if spec.key == _SPOOL).decode())
-        result = XnnpackBackend.preprocess(edge_program, [])
+        with needed_passes():
+            result = XnnpackBackend.preprocess(edge_program, [])
         store = result.data_store_output
         for index, buffer in enumerate(store.buffers):
             store.buffers[index] = _spooled(buffer, folder)

@@ -6,13 +6,20 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCES = {"json": "csrc/base/json.cpp", "sha256": "csrc/base/sha256.cpp", "sampler": "csrc/runtime/sampler.cpp"}
+SHA256 = (
+    "csrc/base/sha256.cpp",
+    "csrc/base/sha256_x86.cpp",
+    "csrc/base/sha256_arm64.cpp",
+    "csrc/base/cpu_features.cpp",
+)
+SOURCES = {"json": ("csrc/base/json.cpp",), "sha256": SHA256, "sampler": ("csrc/runtime/sampler.cpp",)}
 DRAWS = 4000
 # Chi-square beyond this many standard deviations over its mean: 5 is one in about a million; the seed is fixed.
 CHI_SQUARE_DEVIATIONS = 5.0
@@ -20,20 +27,24 @@ CHI_SQUARE_DEVIATIONS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    path: pathlib.Path
+    command: tuple[str, ...]
 
     def __call__(self, *arguments: object) -> tuple[int, str]:
-        done = subprocess.run([self.path, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*self.command, *map(str, arguments)], capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout.rstrip("\n")
+
+
+def compiled(name: str, folder: pathlib.Path, compiler: str = "g++", *options: str) -> pathlib.Path:
+    """The test program of that name, with the parts it tests."""
+    command = [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-I.", *options, "-o", folder / name]
+    subprocess.run([*command, f"tests/runtime/{name}_test.cpp", *SOURCES[name]], cwd=ROOT, check=True)
+    return folder / name
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
     folder = tmp_path_factory.mktemp("programs")
-    for name, source in SOURCES.items():
-        command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-I.", "-o", folder / name]
-        subprocess.run([*command, f"tests/runtime/{name}_test.cpp", source], cwd=ROOT, check=True)
-    return {name: Program(folder / name) for name in SOURCES}
+    return {name: Program((str(compiled(name, folder)),)) for name in SOURCES}
 
 
 def write(tmp_path: pathlib.Path, content: str | bytes) -> pathlib.Path:
@@ -90,12 +101,37 @@ def test_json_finds_members_by_path(programs: dict[str, Program], tmp_path: path
     assert found == {"a.b.c": "7", "programs/text.pte": "9", "a.c": "null", "a.b.c.d": "null", "q": "null"}
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 55, 56, 63, 64, 65, 119, 120, 128, 1000, 100003])
-def test_sha256_is_hashlibs(programs: dict[str, Program], tmp_path: pathlib.Path, size: int) -> None:
-    content = np.random.default_rng(size).bytes(size)
-    file = write(tmp_path, content)
-    digests = {programs["sha256"](file, step)[1] for step in (1, 7, 64, 65536)}
-    assert digests == {hashlib.sha256(content).hexdigest()}
+def assert_is_hashlibs(
+    program: Program, tmp_path: pathlib.Path, sizes: tuple[int, ...], steps: tuple[int, ...]
+) -> None:
+    """Every variant that runs there, with files of `sizes` bytes that it gets `steps` bytes at a time."""
+    status, names = program()
+    assert status == 0 and names.split()[-1] == "portable"
+    for size in sizes:
+        content = np.random.default_rng(size).bytes(size)
+        file = write(tmp_path, content)
+        digests = {program(file, step, name)[1] for step in steps for name in names.split()}
+        assert digests == {hashlib.sha256(content).hexdigest()}
+
+
+BLOCK_EDGES = (0, 1, 3, 55, 56, 63, 64, 65, 119, 120, 127, 128, 1000)
+
+
+@pytest.mark.parametrize(("sizes", "steps"), [(BLOCK_EDGES, (1, 7, 64, 100, 65536)), ((1 << 20,), (4097, 1 << 20))])
+def test_sha256_is_hashlibs(
+    programs: dict[str, Program], tmp_path: pathlib.Path, sizes: tuple[int, ...], steps: tuple[int, ...]
+) -> None:
+    assert_is_hashlibs(programs["sha256"], tmp_path, sizes, steps)
+
+
+def test_sha256_is_hashlibs_on_arm64(tmp_path: pathlib.Path) -> None:
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip(f"{compiler} or {emulator} is not installed: apt install g++-aarch64-linux-gnu qemu-user")
+    path = compiled("sha256", tmp_path, compiler, "-march=armv8-a", "-static")
+    program = Program((emulator, str(path)))
+    assert program()[1].split() == ["armv8_sha2", "portable"]
+    assert_is_hashlibs(program, tmp_path, (0, 55, 56, 64, 65, 1000, 1 << 16), (100, 65536))
 
 
 def draw(program: Program, file: pathlib.Path, temperature: float, top_k: int, top_p: float, seed: int) -> np.ndarray:
