@@ -168,7 +168,7 @@ TOLERANCES: Mapping[str, Tolerance] = types.MappingProxyType(
         "logits_int8_cache": Tolerance(
             4e-2,
             "relative L2, logits with an int8 key/value cache against float32 eager, two layers",
-            "a step of max / 127 in 32 channels is an error of 0.5 %, times a spread of attention logits of 5, times sqrt 2",
+            "a step of max / 127 in 32 channels errs by 0.5 %, times a spread of attention logits of 5, times sqrt 2",
         ),
         "logits_nmse_fp32": Tolerance(
             1e-8,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from edgerun.report import Axis, Plot, Series, format_number
 
@@ -47,12 +47,20 @@ class _Scale:
         return math.log2(value) if self.log else value
 
 
-def render(plot: Plot) -> str:
+def names_of(plots: Iterable[Plot]) -> tuple[str, ...]:
+    """The names of all series, each once, in the order in which they come."""
+    return tuple(dict.fromkeys(series.name for plot in plots for series in plot.series))
+
+
+def render(plot: Plot, names: Sequence[str] = ()) -> str:
     """The plot as a standalone `<svg>` element that may stand in a page or in a file of its own.
 
+    names: of the series of all plots that are seen together, so that a name has one colour in all of them.
     Raises ValueError when there is no point, or a log axis meets a value that is not above 0.
     """
-    entries, legend_lines = _legend(plot.series)
+    order = list(dict.fromkeys((*names, *names_of([plot]))))
+    looks = [order.index(series.name) for series in plot.series]
+    entries, legend_lines = _legend(plot.series, looks)
     top = _TITLE + _LEGEND_LINE * legend_lines + 6
     xs = [x for series in plot.series for x, _ in series.points]
     ys = [v for series in plot.series for _, y in series.points for v in (y.value, y.low, y.high) if v is not None]
@@ -72,7 +80,7 @@ def render(plot: Plot) -> str:
     has_bars = any(y.low is not None for series in plot.series for _, y in series.points)
     for index, series in enumerate(plot.series):
         shift = _DODGE * (index - (len(plot.series) - 1) / 2) if has_bars else 0.0
-        parts += _series(series, index, shift, x_scale, y_scale)
+        parts += _series(series, looks[index], shift, x_scale, y_scale)
     if plot.note:
         parts.append(_text(_LEFT - 44, HEIGHT - 8, plot.note, "soft"))
     return "\n".join([*parts, "</svg>"])
@@ -97,8 +105,8 @@ def _axes(plot: Plot, x_scale: _Scale, y_scale: _Scale, x_ticks: list[float], y_
     return parts
 
 
-def _series(series: Series, index: int, shift: float, x_scale: _Scale, y_scale: _Scale) -> list[str]:
-    colour = f"var(--c{index % 6})"
+def _series(series: Series, look: int, shift: float, x_scale: _Scale, y_scale: _Scale) -> list[str]:
+    colour = f"var(--c{look % 6})"
     path = " ".join(f"{x_scale(x) + shift:.1f},{y_scale(y.value):.1f}" for x, y in series.points)
     dash = ' stroke-dasharray="6 5"' if series.dashed else ""
     parts = [f'<polyline class="line" style="stroke:{colour}"{dash} points="{path}"/>']
@@ -112,24 +120,24 @@ def _series(series: Series, index: int, shift: float, x_scale: _Scale, y_scale: 
             )
         count = f", n = {y.n}" if y.n is not None else ""
         title = html.escape(f"{series.name}: {format_number(x)} → {format_number(y.value)}{count}")
-        parts.append(f'<g class="mark" style="fill:{colour}"><title>{title}</title>{_MARKS[index % 4](px, py)}</g>')
+        parts.append(f'<g class="mark" style="fill:{colour}"><title>{title}</title>{_MARKS[look % 4](px, py)}</g>')
     return parts
 
 
-def _legend(series: tuple[Series, ...]) -> tuple[list[str], int]:
+def _legend(series: tuple[Series, ...], looks: list[int]) -> tuple[list[str], int]:
     """Legend entries, wrapped into lines, and how many lines they take."""
     parts = []
     x, line = float(_LEFT - 44), 0
-    for index, entry in enumerate(series):
+    for entry, look in zip(series, looks, strict=True):
         name = entry.name + _counts(entry)
         width = 46 + len(name) * _TEXT_WIDTH
         if x + width > WIDTH - _RIGHT and x > _LEFT:
             x, line = float(_LEFT - 44), line + 1
         y = _TITLE + line * _LEGEND_LINE
-        colour = f"var(--c{index % 6})"
+        colour = f"var(--c{look % 6})"
         dash = ' stroke-dasharray="6 5"' if entry.dashed else ""
         parts.append(f'<path class="line" style="stroke:{colour}"{dash} d="M{x:.1f} {y}h22"/>')
-        parts.append(f'<g class="mark" style="fill:{colour}">{_MARKS[index % 4](x + 11, y)}</g>')
+        parts.append(f'<g class="mark" style="fill:{colour}">{_MARKS[look % 4](x + 11, y)}</g>')
         parts.append(_text(x + 29, y + 4, name))
         x += width
     return parts, line + 1

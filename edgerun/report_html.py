@@ -54,7 +54,8 @@ def to_html(report: Report) -> str:
     parts += [f"<p>{_escape(note)}</p>" for note in report.notes]
     parts += [_table(table) for table in report.tables[:1]]
     if report.plots:
-        figures = "".join(f'<div class="panel">{line_chart.render(plot)}</div>' for plot in report.plots)
+        names = line_chart.names_of(report.plots)
+        figures = "".join(f'<div class="panel">{line_chart.render(plot, names)}</div>' for plot in report.plots)
         parts.append(f'<h2>Plots</h2><div class="plots">{figures}</div>')
     parts += [_table(table) for table in report.tables[1:]]
     if report.checks:

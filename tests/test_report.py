@@ -123,6 +123,15 @@ def test_chart_puts_larger_values_higher_and_inside_the_frame() -> None:
     assert 0 < x1 < x2 < line_chart.WIDTH and 0 < y2 < y1 < line_chart.HEIGHT
 
 
+def test_a_name_has_one_colour_in_all_plots_of_a_page() -> None:
+    first, second = PLOT.series
+    other = dataclasses.replace(PLOT, series=(second,))
+    names = line_chart.names_of((PLOT, other))
+    assert names == (first.name, second.name)
+    assert "stroke:var(--c1)" in line_chart.render(other, names)
+    assert "stroke:var(--c1)" not in line_chart.render(other)
+
+
 def test_chart_names_axes_with_units_and_prints_n() -> None:
     text = line_chart.render(PLOT)
     for label in ("budget (tokens)", "right answers (%)", "sparse (n = 20)"):

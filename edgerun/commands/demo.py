@@ -137,7 +137,7 @@ def demonstrate(output: pathlib.Path, exporter: Exporter, *, device_name: str | 
     write_json(report, output / "report.json")
     write_html(report, output / "report.html")
     for name, plot in zip(("prefill.svg", "accuracy.svg"), report.plots, strict=True):
-        write_whole(output / name, line_chart.render(plot))
+        write_whole(output / name, line_chart.render(plot, line_chart.names_of(report.plots)))
     return report
 
 

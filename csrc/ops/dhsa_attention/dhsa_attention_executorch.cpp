@@ -30,53 +30,65 @@ bool contiguous(std::initializer_list<const Tensor*> tensors) {
   return true;
 }
 
+Dtype dtype_of(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Half ? Dtype::kHalf : type == ScalarType::Char ? Dtype::kInt8 : Dtype::kFloat;
+}
+
+// What is wrong with the state's dtypes and shapes, or nullptr.
+const char* check_state(const Tensor& key_cache, const Tensor& value_cache, const Tensor& summaries,
+                        const Tensor& boundaries, int64_t depth, Pooling pooling) {
+  const ScalarType dtype = key_cache.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::Char) {
+    return "the caches must be float32, float16 or int8";
+  }
+  if (value_cache.scalar_type() != dtype) return "the caches must share one dtype";
+  if (summaries.scalar_type() != (dtype == ScalarType::Float ? ScalarType::Float : ScalarType::Half)) {
+    return "summaries must be float32 beside a float32 cache, else float16";
+  }
+  if (boundaries.scalar_type() != ScalarType::Byte) return "boundaries must be uint8";
+  const int64_t heads = key_cache.size(0);
+  const int64_t blocks = key_cache.size(1);
+  if (dtype == ScalarType::Char) {
+    if (!has_sizes(key_cache, {heads, blocks, key_block_bytes(Dtype::kInt8, depth)}) ||
+        !has_sizes(value_cache, {heads, blocks, value_block_bytes(Dtype::kInt8, depth)})) {
+      return "int8 caches must be [kv heads, micro-blocks, bytes of a micro-block]";
+    }
+  } else if (!has_sizes(key_cache, {heads, blocks, depth, kMicroBlock}) ||
+             !has_sizes(value_cache, {heads, blocks, kMicroBlock, depth})) {
+    return "the caches must be [kv heads, micro-blocks, head_dim, 16] and [kv heads, micro-blocks, 16, head_dim]";
+  }
+  if (summaries.numel() > 0 && !has_sizes(summaries, {heads, blocks, summary_vectors(pooling), depth})) {
+    return "summaries must be [kv heads, micro-blocks, 1 or (min-max, moments) 2, head_dim], or empty";
+  }
+  if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1})) {
+    return "boundaries must be [micro-blocks + 1], or empty";
+  }
+  return nullptr;
+}
+
 // What is wrong with the tensors' dtypes and shapes, or nullptr.
 const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
                           const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries,
                           const Tensor& input_pos, const Tensor& out, Pooling pooling) {
   if (query.dim() != 4 || query.size(0) != 1) return "query must be [1, query heads, tokens, head_dim]";
-  const ScalarType cache_dtype = key_cache.scalar_type();
-  const bool int8 = cache_dtype == ScalarType::Char;
-  if (key_cache.dim() != (int8 ? 3 : 4)) return "key_cache must be [kv heads, micro-blocks, head_dim, 16]; int8: bytes";
+  if (key_cache.dim() < 2) return "key_cache must be [kv heads, micro-blocks, ...]";
   const ScalarType dtype = query.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Half) return "query must be float32 or float16";
   for (const Tensor* tensor : {&key, &value, &out}) {
     if (tensor->scalar_type() != dtype) return "query, key, value and out must share one dtype";
   }
-  if (!int8 && cache_dtype != ScalarType::Float && cache_dtype != ScalarType::Half) {
-    return "the caches must be float32, float16 or int8";
-  }
-  if (value_cache.scalar_type() != cache_dtype) return "the caches must share one dtype";
-  if (summaries.scalar_type() != (cache_dtype == ScalarType::Float ? ScalarType::Float : ScalarType::Half)) {
-    return "summaries must be float32 beside a float32 cache, else float16";
-  }
-  if (boundaries.scalar_type() != ScalarType::Byte) return "boundaries must be uint8";
   if (input_pos.scalar_type() != ScalarType::Long || input_pos.numel() != 1) return "input_pos must be one int64";
   const int64_t tokens = query.size(2);
   const int64_t depth = query.size(3);
   const int64_t heads = key_cache.size(0);
-  const int64_t blocks = key_cache.size(1);
   if (!has_sizes(key, {1, heads, tokens, depth}) || !has_sizes(value, {1, heads, tokens, depth})) {
     return "key and value must be [1, kv heads, tokens, head_dim]";
   }
-  if (int8 && (!has_sizes(key_cache, {heads, blocks, key_block_bytes(Dtype::kInt8, depth)}) ||
-               !has_sizes(value_cache, {heads, blocks, value_block_bytes(Dtype::kInt8, depth)}))) {
-    return "int8 caches must be [kv heads, micro-blocks, bytes of a micro-block]";
-  }
-  if (!int8 && (!has_sizes(key_cache, {heads, blocks, depth, kMicroBlock}) ||
-                !has_sizes(value_cache, {heads, blocks, kMicroBlock, depth}))) {
-    return "the caches must be [kv heads, micro-blocks, head_dim, 16] and [kv heads, micro-blocks, 16, head_dim]";
-  }
-  const int64_t vectors = summary_vectors(pooling);
-  if (summaries.numel() > 0 && !has_sizes(summaries, {heads, blocks, vectors, depth})) {
-    return "summaries must be [kv heads, micro-blocks, 1 or (min-max, moments) 2, head_dim], or empty";
-  }
-  if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1}))
-    return "boundaries must be [micro-blocks + 1], or empty";
   if (!contiguous({&query, &key, &value, &key_cache, &value_cache, &summaries, &boundaries, &out})) {
     return "all tensors must be contiguous";
   }
-  return nullptr;
+  return check_state(key_cache, value_cache, summaries, boundaries, depth, pooling);
 }
 
 Tensors pointers(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
@@ -110,11 +122,8 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   params.head_dim = query.size(3);
   params.capacity_blocks = key_cache.size(1);
   params.input_pos = input_pos.const_data_ptr<int64_t>()[0];
-  params.dtype = query.scalar_type() == ScalarType::Half ? Dtype::kHalf : Dtype::kFloat;
-  const ScalarType cache_dtype = key_cache.scalar_type();
-  params.cache_dtype = cache_dtype == ScalarType::Float  ? Dtype::kFloat
-                       : cache_dtype == ScalarType::Half ? Dtype::kHalf
-                                                         : Dtype::kInt8;
+  params.dtype = dtype_of(query);
+  params.cache_dtype = dtype_of(key_cache);
   params.scale = static_cast<float>(scale);
   params.softcap = static_cast<float>(softcap);
   params.window = window;
