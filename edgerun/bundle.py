@@ -29,7 +29,7 @@ from edgerun.recipe import Recipe
 if TYPE_CHECKING:
     import tokenizers
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # also of the arguments that programs pass to the ops; csrc/runtime/bundle_reader.h has the same
 MANIFEST = "manifest.json"
 _REQUIRED = {
     "kind": str,
@@ -272,10 +272,9 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleError(f"{file} states no schema version: the bundle is damaged, export it again")
-    if version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{file} has schema version {version}, this edgerun reads up to {SCHEMA_VERSION}: update edgerun"
-        )
+    if version != SCHEMA_VERSION:
+        remedy = "update edgerun" if version > SCHEMA_VERSION else "export the bundle again"
+        raise BundleError(f"{file} has schema version {version}, this edgerun reads version {SCHEMA_VERSION}: {remedy}")
     for name, kind in _REQUIRED.items():
         if not isinstance(manifest.get(name), kind):
             raise BundleError(f"{file} has no valid {name!r}: the bundle is damaged, export it again")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgerun import bundle as bundles
-from edgerun.bundle import Bundle, BundleWriter, GoldenCase, existing_build
+from edgerun.bundle import SCHEMA_VERSION, Bundle, BundleWriter, GoldenCase, existing_build
 from edgerun.errors import BundleError
 from edgerun.recipe import Recipe
 from edgerun.zoo import zoo_model_path
@@ -126,10 +126,12 @@ def test_program_that_is_not_among_the_files(out: pathlib.Path) -> None:
     assert "not among its files" in refused(out)
 
 
-def test_future_schema(out: pathlib.Path) -> None:
+@pytest.mark.parametrize(("step", "remedy"), [(1, "update edgerun"), (-1, "export the bundle again")])
+def test_another_schema(step: int, remedy: str, out: pathlib.Path) -> None:
     write(out)
-    change_manifest(out, lambda values: values.update(schema_version=2))
-    assert "schema version 2, this edgerun reads up to 1: update edgerun" in refused(out)
+    other = SCHEMA_VERSION + step
+    change_manifest(out, lambda values: values.update(schema_version=other))
+    assert f"schema version {other}, this edgerun reads version {SCHEMA_VERSION}: {remedy}" in refused(out)
 
 
 @pytest.mark.parametrize("version", [None, "1", 0, True])

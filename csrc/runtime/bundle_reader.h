@@ -10,7 +10,7 @@
 
 namespace edgerun {
 
-inline constexpr int64_t kBundleSchemaVersion = 1;
+inline constexpr int64_t kBundleSchemaVersion = 2;  // edgerun/bundle.py has the same
 
 struct BundleInfo {
   std::string path;                    // the bundle folder

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from edgerun import compare
+from edgerun.bundle import SCHEMA_VERSION
 from edgerun.errors import BundleError, EdgerunError
 from edgerun.models import causal_lm
 from edgerun.sessions.text import TextSession
@@ -289,7 +290,11 @@ def test_threads_are_the_process_pools(loaded: TextSession, bundle: pathlib.Path
 
 
 def future_schema(manifest: dict) -> None:
-    manifest["schema_version"] = 2
+    manifest["schema_version"] += 1
+
+
+def older_schema(manifest: dict) -> None:
+    manifest["schema_version"] -= 1
 
 
 def other_kind(manifest: dict) -> None:
@@ -335,7 +340,8 @@ def huge_vocabulary(manifest: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (future_schema, "schema version 2; this edgerun reads version 1: update edgerun"),
+        (older_schema, f"reads version {SCHEMA_VERSION}: export the bundle again"),
+        (future_schema, f"schema version {SCHEMA_VERSION + 1}; this edgerun reads version {SCHEMA_VERSION}: update"),
         (other_kind, "kind 'video'"),
         (path_that_leaves, "names '../outside', which leaves the bundle folder"),
         (absolute_path, "names '/etc/hostname', which leaves the bundle folder"),
