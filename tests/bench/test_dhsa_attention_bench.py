@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import speedup_picture
 from bench.ops import dhsa_attention as bench
 from bench.ops import dhsa_attention_summary as summary
 from bench.peers import torch_sdpa
@@ -115,3 +116,17 @@ def test_a_result_file_can_be_shown(tmp_path: pathlib.Path, capsys: pytest.Captu
     bench.main(["--show", str(tmp_path / "results.json")])
     shown = capsys.readouterr().out
     assert "dense, edgerun against" in shown and "decode after 320 tokens" in shown and "256 -> 512 tokens" in shown
+
+
+def test_the_pictures_show_every_length_and_budget(tmp_path: pathlib.Path) -> None:
+    run(tmp_path / "results.json", "--kinds", "prefill", "--lengths", "256", "512")
+    speedup_picture.main([str(tmp_path / "results.json"), "--head-dim", "32"])
+    by_length = (tmp_path / "speedup_by_length.svg").read_text()
+    assert all(f">{name}<" in by_length for name in ("dense", "budget 192", "torch SDPA"))
+    assert all(f">{n} tokens<" in (tmp_path / "speedup_by_density.svg").read_text() for n in (256, 512))
+
+
+def test_a_picture_of_what_was_not_measured_is_refused(tmp_path: pathlib.Path) -> None:
+    run(tmp_path / "results.json", "--kinds", "prefill")
+    with pytest.raises(SystemExit, match="head size 96, group 4: measure it first"):
+        speedup_picture.main([str(tmp_path / "results.json"), "--head-dim", "96"])
