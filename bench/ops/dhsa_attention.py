@@ -65,6 +65,7 @@ class Plan:
     # Longest sequence that a peer is measured at; None: every length.
     custom_sdpa_length: int | None = 8192
     onnxruntime_length: int | None = None
+    llama_cpp_length: int | None = 8192
     all_variants: bool = False
     decode_length: int = 32768  # cached tokens
     decode_repeats: int = 51
@@ -75,7 +76,12 @@ class Plan:
 
     def peers_at(self, length: int) -> tuple[str, ...]:
         """The peers that are measured at this length."""
-        limits = {"custom_sdpa": self.custom_sdpa_length, "onnxruntime": self.onnxruntime_length}
+        limits = {
+            "custom_sdpa": self.custom_sdpa_length,
+            "onnxruntime": self.onnxruntime_length,
+            "llama_cpp": self.llama_cpp_length,
+            "llama_cpp_flash": self.llama_cpp_length,
+        }
         return tuple(peer for peer in self.peers if length <= (limits.get(peer) or length))
 
 
@@ -267,7 +273,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument("--growth-lengths", nargs=2, type=int)
     for name in ("query-heads", "decode-length", "decode-repeats", "threads"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("custom-sdpa-length", "onnxruntime-length"):
+    for name in ("custom-sdpa-length", "onnxruntime-length", "llama-cpp-length"):
         parser.add_argument(f"--{name}", type=int, help="longest sequence for this peer; 0: every length")
     parser.add_argument("--all-variants", action="store_true", default=None, help="every kernel variant of this CPU")
     parser.add_argument("--repeats", type=int, help="most rounds of a row")

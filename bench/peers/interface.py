@@ -1,7 +1,8 @@
 """What every attention peer offers: the same prefill on the same tensors, laid out its own way before the clock runs.
 
-A peer is a module here with `NAME` and `prepare(case, threads)`. What a runtime would hold in another layout (a cache,
-a transposed key) is laid out by `prepare`; what it must do on every call is inside `run`.
+A peer is a module here with `NAME`, `prepare(case, threads)` and, unless it is op_fp32, the name of its `TOLERANCE`.
+What a runtime would hold in another layout (a cache, a transposed key) is laid out by `prepare`; what it must do on
+every call is inside `run`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ PEERS = {
     "torch": "torch_sdpa",
     "custom_sdpa": "executorch_custom_sdpa",
     "onnxruntime": "onnxruntime_gqa",
+    "llama_cpp": "llama_cpp",
+    "llama_cpp_flash": "llama_cpp_flash",
 }
 
 
