@@ -54,6 +54,7 @@ bench: set-up  ## the attention benchmark on a reduced grid, into bench/results/
 
 bench-full: set-up  ## the attention benchmark on its whole grid; hours, and the same command goes on after a stop
 	$(BIN)/python bench/ops/dhsa_attention.py --grid full
+	$(BIN)/python bench/speedup_picture.py
 
 arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, where a cross compiler is
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \

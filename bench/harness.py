@@ -8,6 +8,7 @@ there after a stop.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ SCHEMA_VERSION = 1
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 # What the figures depend on: a change there starts a result file anew.
-_MEASURED = ("csrc", "edgerun", "bench/harness.py", "bench/ops", "bench/peers")
+_MEASURED = ("csrc", "edgerun", "export", "bench/harness.py", "bench/ops", "bench/peers", "bench/workloads")
 _PEER_PACKAGES = ("onnxruntime", "llama-cpp-cffi")
 
 Row = dict[str, Any]  # {"kind", ..., "candidates": [Samples.to_json(), ...]}: plain JSON
@@ -152,11 +153,12 @@ class ResultFile:
 
 
 def commit() -> str | None:
-    """The commit that is measured, with "+changes" when what is measured differs from it; None outside a clone."""
+    """The commit that is measured, with "+" and a hash of the changes when there are some; None outside a clone."""
     head = _git("rev-parse", "HEAD")
     if head is None:
         return None
-    return head + ("+changes" if _git("status", "--porcelain", "--", *_MEASURED) else "")
+    changes = f"{_git('status', '--porcelain', '--', *_MEASURED)}{_git('diff', 'HEAD', '--', *_MEASURED)}"
+    return head + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:
