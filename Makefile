@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help set-up packages demo test test-slow test-all lint format bench arm64 clean
+.PHONY: help set-up packages demo test test-slow test-all lint format bench bench-full arm64 clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -49,8 +49,12 @@ packages: $(STAMPS)/packages  ## what the emulated device needs from Debian
 $(STAMPS)/packages: $(STAMPS)/python
 	@sh .ci/debian_packages.sh $@ $(DEBIAN_PACKAGES)
 
-bench: set-up  ## the benchmarks, into bench/results/
-	$(BIN)/python bench/ops/dhsa_attention.py --output bench/results/dhsa_attention_portable.json
+bench: set-up  ## the attention benchmark on a reduced grid, into bench/results/; ten minutes at most on two cores
+	$(BIN)/python bench/ops/dhsa_attention.py --grid reduced
+
+bench-full: set-up  ## the attention benchmark on its whole grid; hours, and the same command goes on after a stop
+	$(BIN)/python bench/ops/dhsa_attention.py --grid full
+	$(BIN)/python bench/speedup_picture.py
 
 arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, where a cross compiler is
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \

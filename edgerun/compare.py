@@ -145,6 +145,11 @@ TOLERANCES: Mapping[str, Tolerance] = types.MappingProxyType(
             "relative L2, op on fp16 tensors against float64 of the same fp16 inputs",
             "8 x 2^-11 = 3.9e-3: cache and result are rounded to 11 bits, sums are kept in float32",
         ),
+        "peer_fp16_sums": Tolerance(
+            (8192 / 3) ** 0.5 * _HALF_ROUNDING,
+            "relative L2, a benchmark's peer that sums 8192 weighted values in float16, against float64",
+            "sqrt(8192 / 3) x 2^-11 = 2.6e-2: the rounding of each addition is a step of a random walk",
+        ),
         "op_against_op_fp32": Tolerance(
             64 * _FLOAT_EPSILON,
             "relative L2, two float32 forms of one op given the same lists",
