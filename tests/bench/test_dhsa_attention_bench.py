@@ -102,9 +102,9 @@ def test_a_wrong_sparse_answer_is_not_timed(tmp_path: pathlib.Path, monkeypatch:
 def test_an_unknown_cache_dtype_is_named_and_left_out(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = run(tmp_path / "results.json", "--kinds", "decode", "--kv-dtypes", "int3", "fp16")["rows"]
-    assert [row["kv_dtype"] for row in rows] == ["fp16"]
-    assert "int3 cache: this build's op has fp32, fp16" in capsys.readouterr().out
+    rows = run(tmp_path / "results.json", "--kinds", "decode", "--kv-dtypes", "int3", "fp16", "int8")["rows"]
+    assert [row["kv_dtype"] for row in rows] == ["fp16", "int8"]
+    assert "int3 cache: this build's op has fp32, fp16, int8" in capsys.readouterr().out
     sparse, full = (summary.candidate(rows[0], role="sparse", kv_dtype=kind) for kind in ("fp16", "fp32"))
     assert sparse is not None and full is not None
     assert 0.45 < sparse["cache_bytes"] / full["cache_bytes"] < 0.55
