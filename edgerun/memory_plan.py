@@ -33,7 +33,7 @@ _BYTES = {"fp32": 4, "fp16": 2}
 _PER_WEIGHT = {"int8": 1.0, "8da4w": 0.5 + 2 / 32}
 _PER_ROW = {"none": 4, "int8": 12, "8da4w": 8}
 # Buffers of one prefill slice that are alive at once in the delegate: gate, up and their product; or, where heads are
-# wide, what rotates queries and keys: them, them in order of heads, and each times cosines and sines.
+# wide, what rotates queries and keys: them, them in order of heads, and each times cosines and sines; values beside.
 _WIDE_BUFFERS = 3
 _ROTATION_BUFFERS = 4
 
@@ -183,6 +183,11 @@ def _alternatives(sizes: ModelSizes, recipe: Recipe, limit_bytes: int) -> list[s
             limit_bytes, plan_sizes(sizes, recipe).peak_rss_bytes - 1
         ):
             found.append(f"--quantize {quantize}")
+            break
+    for kv_dtype in ("fp16", "int8"):
+        narrower = dataclasses.replace(recipe, kv_dtype=kv_dtype)
+        if plan_sizes(sizes, narrower).peak_rss_bytes <= min(limit_bytes, plan_sizes(sizes, recipe).peak_rss_bytes - 1):
+            found.append(f"--kv-dtype {kv_dtype}")
             break
     if len([text for text in found if text]) == 0:
         smallest = dataclasses.replace(recipe, quantize="8da4w")

@@ -1,6 +1,7 @@
 """Golden cases: prompts, forced continuations, and the logits of the model itself, that every device is judged by.
 
-The truth is the recipe's own model (its attention, its rounded or quantised weights) run eagerly in float32.
+The truth is the recipe's own model (its attention, its rounded or quantised weights, a cache narrower than its
+activations) run eagerly in float32. What quantising costs against the original model is `edgerun eval`'s to say.
 """
 
 from __future__ import annotations

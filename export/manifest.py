@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import edgerun
 from edgerun.bundle import GoldenCase
 from edgerun.checkpoint import Checkpoint
+from edgerun.evaluation.fidelity import Noise
 from edgerun.export.lower.executorch import TARGET, LoweredProgram
 from edgerun.models.causal_lm import CausalLM
 from edgerun.recipe import Recipe
@@ -43,6 +45,7 @@ def manifest(
     build: str,
     lowered: LoweredProgram,
     golden: list[tuple[str, GoldenCase]],
+    noise: Noise | None,
 ) -> dict[str, Any]:
     """The manifest, without what is known only later: files, memory plan and parity."""
     start = checkpoint.token_id("bos_token_id")
@@ -96,6 +99,7 @@ def manifest(
             "frozen_from_max_context": model.rope.frozen_from_max_context,
             "parameters": getattr(checkpoint.config, "rope_parameters", None),
         },
+        "noise": None if noise is None else dataclasses.asdict(noise),
         "golden": [
             {"file": f"golden/{name}.safetensors", "prompt_tokens": len(case.prompt), "forced_tokens": len(case.forced)}
             for name, case in golden

@@ -10,6 +10,7 @@ import torch
 
 from edgerun.bundle import Bundle, BundleWriter, GoldenCase, existing_build
 from edgerun.checkpoint import Checkpoint, Progress
+from edgerun.evaluation.fidelity import Noise, own_noise
 from edgerun.export.golden import golden_cases
 from edgerun.export.lower.executorch import LoweredProgram, lower
 from edgerun.export.manifest import PROGRAM_FILE, constant_methods, manifest
@@ -44,7 +45,7 @@ def export_bundle(
         return existing
     with BundleWriter(out, overwrite) as writer:
         model = load(source, recipe, progress, arithmetic=torch.float32)
-        golden = _golden(source, model, recipe, writer, progress)
+        golden, noise = _golden(source, model, recipe, writer, progress)
         if recipe.dtype != "fp32":
             del model  # before the other is read
             model = load(source, recipe, progress)
@@ -53,7 +54,9 @@ def export_bundle(
         if memory_limit_bytes is not None:
             memory.require(memory_limit_bytes)  # again: the program may plan more than was foreseen
         _copy_tokenizer(source, writer)
-        facts = manifest(source, model, recipe, build, lowered, golden) | {"memory_plan": dataclasses.asdict(memory)}
+        facts = manifest(source, model, recipe, build, lowered, golden, noise) | {
+            "memory_plan": dataclasses.asdict(memory)
+        }
         del model
         parity = verify(writer.write_manifest(facts), progress)
         return writer.publish(facts | {"parity": parity})
@@ -67,15 +70,19 @@ def plan(checkpoint: Checkpoint | pathlib.Path, recipe: Recipe) -> MemoryPlan:
 
 def _golden(
     source: Checkpoint, truth: CausalLM, recipe: Recipe, writer: BundleWriter, progress: Progress | None
-) -> list[tuple[str, GoldenCase]]:
+) -> tuple[list[tuple[str, GoldenCase]], Noise | None]:
     if progress is not None:
         progress("golden cases", 0.0)
     cases: list[tuple[str, GoldenCase]] = golden_cases(truth, recipe, source)
     for name, case in cases:
         case.save(writer.subfolder("golden") / f"{name}.safetensors")
+    noise = None
+    if recipe.quantize != "none":
+        first = cases[0][1]
+        noise = own_noise(truth, first.prompt.tolist(), first.forced.tolist(), recipe.prefill_slice, first.logits)
     if progress is not None:
         progress("golden cases", 1.0)
-    return cases
+    return cases, noise
 
 
 def _lower(

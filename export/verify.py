@@ -24,11 +24,12 @@ def verify(bundle: Bundle, progress: Progress | None = None) -> dict[str, Any]:
     session = TextSession(bundle.path, verify=False)
     parity: dict[str, Any] = {}
     cases = bundle.golden_cases()
+    noise = fidelity.Noise.from_manifest(bundle.manifest)
     for done, (entry, case) in enumerate(zip(bundle.manifest["golden"], cases, strict=True)):
         name = pathlib.PurePosixPath(entry["file"]).stem
         logits, sparse = _run(session, case, recipe.prefill_slice)
         found = fidelity.measure(logits, case.logits)
-        failed = [one for one in fidelity.checks(found, recipe, sparse=sparse) if not one.passed]
+        failed = [one for one in fidelity.checks(found, recipe, sparse=sparse, noise=noise) if not one.passed]
         if failed:
             one = failed[0]
             raise ParityError(

@@ -205,7 +205,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=dhsa.refine,
         metavar="N",
-        help="key channels read to rank the best again in decode, 0: none; default: %(default)s",
+        help="key channels that rank the best again in decode (--pooling moments); 0: none; default: %(default)s",
     )
     sparse.add_argument(
         "--selector", choices=("chunk", "block-topk", "window-sink"), default=dhsa.selector, help="default: %(default)s"

@@ -322,13 +322,14 @@ def agreement(bundle: Bundle, checkpoint: pathlib.Path) -> tuple[Check, ...]:
         raise BundleError(f"{bundle.path} was not made of {checkpoint}: pass the checkpoint that it was made of")
     model = causal_lm.load(opened, bundle.recipe)
     host = open_device("host")
+    noise = fidelity.Noise.from_manifest(bundle.manifest)
     checks: list[Check] = []
     for case in bundle.golden_cases():
         prompt, forced = case.prompt.tolist(), case.forced.tolist()
         measured, logits = force_on(host, bundle.path, prompt, forced)
         eager = fidelity.eager_logits(model, prompt, forced, bundle.recipe.prefill_slice)
         found = fidelity.measure(logits, eager)
-        checks += fidelity.checks(found, bundle.recipe, sparse=measured.sparse, label="bundle and eager: ")
+        checks += fidelity.checks(found, bundle.recipe, sparse=measured.sparse, noise=noise, label="bundle and eager: ")
     return tuple(checks)
 
 

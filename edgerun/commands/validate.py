@@ -68,6 +68,7 @@ def validate_bundle(
     if not cases:
         raise BundleError(f"{path} has no golden case, so nothing can be checked: export it again")
     device = open_device(device_name)
+    noise = fidelity.Noise.from_manifest(bundle.manifest)
     rows: list[tuple[Cell, ...]] = []
     checks: list[Check] = []
     for entry, case in zip(bundle.manifest["golden"], cases, strict=True):
@@ -75,7 +76,7 @@ def validate_bundle(
         with clock.step(f"{name} on {device.name}"):
             measured, logits = force_on(device, path, case.prompt.tolist(), case.forced.tolist(), threads=threads)
         found = fidelity.measure(logits, case.logits)
-        checks += fidelity.checks(found, bundle.recipe, sparse=measured.sparse, label=f"{name}: ")
+        checks += fidelity.checks(found, bundle.recipe, sparse=measured.sparse, noise=noise, label=f"{name}: ")
         parting = found.divergence
         rows.append(
             (

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,51 @@ class Fidelity:
     divergence: Divergence | None  # the first row where it differs
 
 
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """How far a quantised model's logits move when its embeddings change in their last bits.
+
+    Activations that are rounded to 8 bits turn a last bit into a step somewhere, and every later layer turns that into
+    more: two right ways of computing a deep model end this far apart, so it is no sign of a wrong program.
+    """
+
+    relative_l2: float
+    mean_kl_nats: float
+    top1: float
+    margin: float  # of the first divergence, 0 without one
+
+    @staticmethod
+    def from_manifest(manifest: Mapping[str, Any]) -> Noise | None:
+        """What `edgerun export` measured; None for a bundle that is not quantised."""
+        values = manifest.get("noise")
+        return None if values is None else Noise(**values)
+
+
+_NUDGE = 2.0**-20  # relative: about what another order of summation does to a float32 activation
+_NOISE_ROOM = 2.0  # times the noise itself: it is one draw of two
+
+
+def own_noise(
+    model: CausalLM, prompt: Sequence[int], forced: Sequence[int], prefill_slice: int, logits: npt.ArrayLike
+) -> Noise:
+    """The noise of an eager model whose own logits after `prompt` and each forced token are `logits`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(_: object, __: object, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded * (1.0 + _NUDGE * torch.randn(embedded.shape, generator=generator))
+
+    table: torch.nn.Module = model.decoder.get_input_embeddings()  # type: ignore[operator, assignment]
+    handle = table.register_forward_hook(nudge)
+    try:
+        found = measure(eager_logits(model, prompt, forced, prefill_slice), logits)
+    finally:
+        handle.remove()
+    margin = 0.0 if found.divergence is None else found.divergence.margin
+    return Noise(found.relative_l2, found.mean_kl_nats, found.top1, margin)
+
+
 def measure(measured: npt.ArrayLike, reference: npt.ArrayLike) -> Fidelity:
     """Logits [rows, vocab] of both -> their fidelity. Raises ParityError for other shapes or values not finite."""
     a, b = np.asarray(measured, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -51,10 +96,14 @@ def measure(measured: npt.ArrayLike, reference: npt.ArrayLike) -> Fidelity:
     )
 
 
-def checks(fidelity: Fidelity, recipe: Recipe, *, sparse: bool, label: str = "") -> tuple[Check, ...]:
+def checks(
+    fidelity: Fidelity, recipe: Recipe, *, sparse: bool, noise: Noise | None = None, label: str = ""
+) -> tuple[Check, ...]:
     """The gates of edgerun/compare.py that a program of this recipe must pass against its own eager model.
 
     sparse: whether the run attended fewer keys than dense attention would; a sparse recipe on a short prompt does not.
+    noise: of a quantised model; where twice that (four times in KL, a square) is more than a gate allows, it is the
+    limit.
     """
     names: tuple[str | None, str, str, str]
     if recipe.quantize != "none":
@@ -64,7 +113,7 @@ def checks(fidelity: Fidelity, recipe: Recipe, *, sparse: bool, label: str = "")
             "quantized_parity_top1",
             "greedy_margin_reduced",
         )
-    elif recipe.dtype == "fp16" or recipe.kv_dtype in ("fp16", "int8"):
+    elif recipe.dtype == "fp16" or (recipe.kv_dtype in ("fp16", "int8") and not sparse):
         names = ("logits_fp16", "kl_fp16_nats", "top1_fp16", "greedy_margin_reduced")
     elif sparse:
         names = (None, "sparse_kl_nats", "sparse_top1", "greedy_margin")
@@ -79,11 +128,20 @@ def checks(fidelity: Fidelity, recipe: Recipe, *, sparse: bool, label: str = "")
         ("top-1 agreement", fidelity.top1, f"{fidelity.rows} positions"),
         ("top-2 margin at first divergence", margin, where),
     )
-    return tuple(
+    found = tuple(
         _check(f"{label}{name}", value, limit, detail)
         for (name, value, detail), limit in zip(measured, names, strict=True)
         if limit is not None
     )
+    if noise is None or recipe.quantize == "none":
+        return found
+    floors = (
+        _NOISE_ROOM * noise.relative_l2,
+        _NOISE_ROOM**2 * noise.mean_kl_nats,
+        1.0 - _NOISE_ROOM * (1.0 - noise.top1),
+        _NOISE_ROOM * noise.margin,
+    )
+    return tuple(_with_floor(check, floor) for check, floor in zip(found, floors, strict=True))
 
 
 def eager_logits(
@@ -133,6 +191,15 @@ def _feed(model: CausalLM, ids: Sequence[int], position: int) -> npt.NDArray[np.
         logits: torch.Tensor = model(torch.tensor([list(ids)]), torch.tensor([position]))
     row: npt.NDArray[np.float32] = logits[0].numpy().copy()
     return row
+
+
+def _with_floor(check: Check, floor: float) -> Check:
+    """The check, its limit moved to `floor` where that allows more."""
+    if (floor >= check.limit) if check.least else (floor <= check.limit):
+        return check
+    passed = check.measured >= floor if check.least else check.measured <= floor
+    detail = f"{check.detail}; limit: the model's own noise".removeprefix("; ")
+    return dataclasses.replace(check, limit=floor, passed=passed, detail=detail)
 
 
 def _check(name: str, value: float, limit: str, detail: str) -> Check:

@@ -116,8 +116,9 @@ def load(
 ) -> CausalLM:
     """The model of `checkpoint` as `recipe` wants it: attention, dtype, quantisation, context. Ready to call.
 
-    arithmetic: dtype of activations and, unless the recipe names their own, of caches; the recipe's when None. Weights
-    are rounded to the recipe's dtype all the same: torch.float32 gives the truth that a float16 program is judged by.
+    arithmetic: dtype of activations and, unless theirs is narrower by the recipe, of caches; the recipe's when None.
+    Weights are rounded to the recipe's dtype all the same: torch.float32 gives the truth that a float16 program is
+    judged by.
     Raises CheckpointError for a checkpoint that lacks or misshapes a tensor, ExportError for a recipe it cannot serve.
     """
     if not isinstance(checkpoint, Checkpoint):
@@ -137,8 +138,11 @@ def load(
 
 
 def cache_dtype(recipe: Recipe, arithmetic: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the key/value caches; arithmetic: of the activations, where it is not the recipe's."""
-    if recipe.kv_dtype == "auto":
+    """The dtype of the key/value caches; arithmetic: of the activations, where it is not the recipe's.
+
+    A cache narrower than the recipe's activations belongs to what the model computes, as quantised weights do.
+    """
+    if recipe.kv_dtype in ("auto", recipe.dtype):
         return arithmetic or _DTYPES[recipe.dtype]
     return torch.int8 if recipe.kv_dtype == "int8" else _DTYPES[recipe.kv_dtype]
 

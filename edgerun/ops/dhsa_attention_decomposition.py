@@ -164,10 +164,11 @@ def _summarize(
     elif options.pooling == Pooling.MOMENTS:
         mean = touched.mean(dim=3, keepdim=True)
         variance = ((touched - mean) * (touched - mean)).mean(dim=3)
-        variance = torch.clamp(variance, max=torch.finfo(summaries.dtype).max)
         pooled = torch.stack([mean.squeeze(3), variance], dim=2)
     else:
         pooled = touched.mean(dim=3).unsqueeze(2)
+    if summaries.dtype == torch.float16:
+        pooled = torch.clamp(pooled, -torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
     index = torch.arange(blocks)
     new = torch.index_select(pooled.to(summaries.dtype), 1, _clamp(index - first, 0, count - 1))
     return torch.where(_between(index, first, first + count).reshape(1, blocks, 1, 1), new, summaries)
@@ -345,7 +346,7 @@ def _rank_again(
     everything = torch.where(in_past, everything, torch.full_like(everything, _NEVER))
     highest = everything.amax(dim=3, keepdim=True)
     everything = highest + torch.log(torch.exp(everything - highest).sum(dim=3, keepdim=True))
-    magnitude = queries.abs()
+    magnitude = torch.maximum(queries, -queries)
     least = torch.topk(magnitude, min(options.refine, head_dim), dim=2).values.amin(dim=2, keepdim=True)
     large = torch.where(magnitude >= least, queries, torch.zeros_like(queries))
     keys = key_cache.to(queries.dtype).transpose(1, 2).reshape(kv_heads, head_dim, blocks * MICRO_BLOCK)

@@ -179,9 +179,9 @@ def summarize(state: AttentionState, input_pos: int, stored: int, options: Atten
             squares = (keys[..., 0] - mean) ** 2
             for token in range(1, MICRO_BLOCK):
                 squares = squares + (keys[..., token] - mean) ** 2
-            largest = torch.finfo(state.summaries.dtype).max
-            summaries = torch.stack([mean, (squares / MICRO_BLOCK).clamp(max=largest)], dim=2)
-    state.summaries[:, first:last] = summaries.to(state.summaries.dtype)
+            summaries = torch.stack([mean, squares / MICRO_BLOCK], dim=2)
+    largest = torch.finfo(state.summaries.dtype).max
+    state.summaries[:, first:last] = summaries.clamp(-largest, largest).to(state.summaries.dtype)
 
 
 # Selection

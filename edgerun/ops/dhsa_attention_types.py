@@ -121,7 +121,7 @@ class AttentionOptions:
             pooling=Pooling.MEAN if dhsa.selector == "block-topk" else Pooling[dhsa.pooling.upper()],
             query_pooling=QueryPooling[dhsa.query_pooling.upper()],
             selector=Selector.RECENT if dhsa.selector == "window-sink" else Selector.CHUNK,
-            refine=dhsa.refine if dhsa.selector == "chunk" else 0,
+            refine=dhsa.refine if dhsa.selector == "chunk" and dhsa.pooling == "moments" else 0,
         )
 
     @property

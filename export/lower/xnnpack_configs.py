@@ -31,7 +31,10 @@ class OpenSliceConfig(SliceCopyConfig):  # type: ignore[misc]
         if super().check_constraints(node, ep):
             return True
         source, dim, *range_and_stride = cast(tuple[Any, ...], node.args)
-        known = (source.meta["val"].shape[dim], node.meta["val"].shape[dim], *range_and_stride[:2])
+        shape = node.meta["val"].shape
+        if all(isinstance(one, int) for one in shape) or shape[dim] == 0:
+            return False  # as ExecuTorch decided; and 0 would be "up to the end"
+        known = (source.meta["val"].shape[dim], shape[dim], *range_and_stride[:2])
         open_elsewhere = all(isinstance(one, int) for one in known) and range_and_stride[2:] in ([], [1])
         return open_elsewhere and bool(self.check_common_constraints(node, ep))
 

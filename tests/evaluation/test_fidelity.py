@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -42,6 +43,8 @@ def test_measure_by_hand() -> None:
         (Recipe(), False, ("logits_fp32", "kl_fp32_nats", "top1_fp32", "greedy_margin")),
         (Recipe(), True, ("sparse_kl_nats", "sparse_top1", "greedy_margin")),
         (Recipe(dtype="fp16"), False, ("logits_fp16", "kl_fp16_nats", "top1_fp16", "greedy_margin_reduced")),
+        (Recipe(kv_dtype="int8"), False, ("logits_fp16", "kl_fp16_nats", "top1_fp16", "greedy_margin_reduced")),
+        (Recipe(kv_dtype="int8"), True, ("sparse_kl_nats", "sparse_top1", "greedy_margin")),
     ],
 )
 def test_gates_follow_the_recipe(recipe: Recipe, sparse: bool, limits: tuple[str, ...]) -> None:
@@ -55,6 +58,31 @@ def test_a_divergence_with_a_wide_margin_fails_its_gate() -> None:
     found = fidelity.measure(np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]]))
     gate = fidelity.checks(found, Recipe(), sparse=True)[-1]
     assert gate.measured == 1.0 and not gate.passed
+
+
+def test_a_quantised_model_is_allowed_twice_its_own_noise() -> None:
+    names = ("quantized_parity_logits", "quantized_parity_kl_nats", "quantized_parity_top1", "greedy_margin_reduced")
+    recipe, table = Recipe(quantize="8da4w"), [compare.tolerance(name) for name in names]
+    found = fidelity.Fidelity(20, 0.14, 0.14**2, 0.07, 0.2, 0.75, compare.Divergence(3, 1, 2, 1.5))
+    quiet, loud = fidelity.Noise(0.01, 1e-4, 1.0, 0.0), fidelity.Noise(0.08, 0.02, 0.85, 0.8)
+    limits = {noise: fidelity.checks(found, recipe, sparse=False, noise=noise) for noise in (None, quiet, loud)}
+    for noise in (None, quiet):
+        assert [gate.limit for gate in limits[noise]] == table and not any(gate.passed for gate in limits[noise])
+    assert [gate.limit for gate in limits[loud]] == pytest.approx([0.16, 0.08, 0.7, 1.6])
+    assert all(gate.passed and "noise" in gate.detail for gate in limits[loud])
+    wrong = fidelity.checks(dataclasses.replace(found, relative_l2=1.0, top1=0.1), recipe, sparse=False, noise=loud)
+    assert [gate.passed for gate in wrong] == [False, True, False, True]
+    assert fidelity.checks(found, Recipe(), sparse=False, noise=loud) == fidelity.checks(found, Recipe(), sparse=False)
+
+
+def test_noise_is_what_a_last_bit_of_the_embeddings_does(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = fidelity.eager_logits(model, PROMPT, [7, 8], prefill_slice=64)
+    plain = fidelity.own_noise(model, PROMPT, [7, 8], 64, logits)
+    assert 0 < plain.relative_l2 <= compare.tolerance("logits_fp32") and plain.top1 == 1.0
+    assert np.array_equal(fidelity.eager_logits(model, PROMPT, [7, 8], prefill_slice=64), logits)  # nothing is left
+    monkeypatch.setattr(fidelity, "_NUDGE", 1e-3)
+    louder = fidelity.own_noise(model, PROMPT, [7, 8], 64, logits)
+    assert 100 * plain.relative_l2 < louder.relative_l2 < 1e-1
 
 
 def test_a_divergence_at_a_tie_passes_its_gate() -> None:

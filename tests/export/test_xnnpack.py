@@ -123,6 +123,23 @@ def test_a_reshape_of_two_open_dimensions_stays_outside(lowered: Lower) -> None:
     assert program.worst_relative_l2() <= compare.tolerance("op_fp32")
 
 
-def test_an_input_that_is_returned_as_it_is(lowered: Lower) -> None:
+def test_a_join_with_nothing(lowered: Lower) -> None:
     program = lowered(lambda x: torch.cat((x, x[:, :, :0]), -1))
     assert program.worst_relative_l2() <= compare.tolerance("op_fp32")
+
+
+def test_a_slice_of_no_width_stays_outside(lowered: Lower) -> None:
+    program = lowered(lambda x: x[:, :, 4:4].sum(-1, keepdim=True) + x)
+    assert program.worst_relative_l2() <= compare.tolerance("op_fp32")
+
+
+def test_an_input_is_returned_as_a_copy(tmp_path: pathlib.Path) -> None:
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch
+
+    class Same(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((x,), -1)
+
+    x = torch.randn(1, 8, WIDTH)
+    lower(torch.export.export(Same(), (x,)), tmp_path / "program.pte", {})
+    assert torch.equal(_load_for_executorch(str(tmp_path / "program.pte")).run_method("forward", (x,))[0], x)

@@ -196,7 +196,7 @@ def cases(
     options: st.SearchStrategy[AttentionOptions] = sparse_options(),  # noqa: B008
     tokens: st.SearchStrategy[int] = st.integers(1, 400),  # noqa: B008
     groups: Sequence[int] = (1, 2, 4),
-    caches: Sequence[torch.dtype | None] = (None, None, torch.float16, torch.int8),
+    caches: Sequence[torch.dtype | None] = (None, torch.float32, torch.float16, torch.int8),
 ) -> Case:
     """A sequence long enough for a sparse selection more often than not."""
     case = make_case(

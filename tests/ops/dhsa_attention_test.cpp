@@ -280,11 +280,9 @@ Params sparse(int64_t tile) {
 struct Dtypes {
   Dtype activations, cache;
 };
-constexpr Dtypes kDtypes[] = {{Dtype::kFloat, Dtype::kFloat},
-                              {Dtype::kHalf, Dtype::kHalf},
-                              {Dtype::kFloat, Dtype::kHalf},
-                              {Dtype::kFloat, Dtype::kInt8},
-                              {Dtype::kHalf, Dtype::kInt8}};
+constexpr Dtypes kDtypes[] = {{Dtype::kFloat, Dtype::kFloat}, {Dtype::kHalf, Dtype::kHalf},
+                              {Dtype::kFloat, Dtype::kHalf},  {Dtype::kFloat, Dtype::kInt8},
+                              {Dtype::kHalf, Dtype::kInt8},   {Dtype::kHalf, Dtype::kFloat}};
 
 Params with(Params params, const Dtypes& dtypes) {
   params.dtype = dtypes.activations;
@@ -335,11 +333,11 @@ void test_outputs() {
   }
   for (const int64_t tile : {1, 24, 64}) {
     for (int pooling = 0; pooling < 5; ++pooling) {
-      for (int variety = 0; variety < 5; ++variety) {
-        params = with(sparse(tile), kDtypes[variety]);
+      for (int variety = 0; variety < 7; ++variety) {
+        params = with(sparse(tile), kDtypes[variety % 6]);
         params.pooling = static_cast<Pooling>(pooling);
         params.query_pooling = static_cast<QueryPooling>(variety & 1);
-        params.selector = variety == 3 ? Selector::kRecent : Selector::kChunk;
+        params.selector = variety == 6 ? Selector::kRecent : Selector::kChunk;
         params.refine = tile == 1 ? 5 : 100;
         expect_output(params, 211, 130, "sparse");
         expect_output(params, 340, 1, "sparse decode");

@@ -29,7 +29,7 @@
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
 //   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
 //   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored as
-//   floats if the cache is, else as halves, a variance at most as 65504. Those of incomplete micro-blocks are not defined.
+//   floats if the cache is, else as halves of at most 65504. Those of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
@@ -101,11 +101,11 @@ inline constexpr int64_t summary_vectors(Pooling pooling) {
 }
 
 // Bytes of a micro-block of keys and of values in a cache.
-inline constexpr int64_t key_block_bytes(Dtype cache, int64_t head_dim) {
+static inline constexpr int64_t key_block_bytes(Dtype cache, int64_t head_dim) {
   if (cache != Dtype::kInt8) return kMicroBlock * head_dim * (cache == Dtype::kHalf ? 2 : 4);
   return kMicroBlock * (head_dim + (head_dim + kScaleChannels - 1) / kScaleChannels * 2);
 }
-inline constexpr int64_t value_block_bytes(Dtype cache, int64_t head_dim) {
+static inline constexpr int64_t value_block_bytes(Dtype cache, int64_t head_dim) {
   return cache == Dtype::kInt8 ? kMicroBlock * (head_dim + 2) : key_block_bytes(cache, head_dim);
 }
 

@@ -1,4 +1,4 @@
-// The two inner kernels of dhsa_attention, and the table of their variants: one source (kernels_impl.h), compiled once
+// The inner kernels of dhsa_attention, and the table of their variants: one source (kernels_impl.h), compiled once
 // for each instruction set. Dispatch, tests and benchmarks all walk this table, so an untested variant cannot exist.
 #pragma once
 
@@ -18,7 +18,7 @@ struct AttendTask {
   const void* query;          // first token of the task, first query head of the KV head; [group, ...] by head_stride
   int64_t query_head_stride;  // elements
   const void* key_blocks;     // [M, D, 16] of this KV head, in the cache's dtype
-  const void* value_blocks;   // [M, 16, D]
+  const void* value_blocks;   // [M, 16, D]; int8 ones as dhsa_attention.h says
   void* out;                  // first token of the task, first query head: [tokens, group, D] by out_token_stride
   int64_t out_token_stride;   // elements
   const uint16_t* ids;        // micro-blocks, ascending
@@ -48,7 +48,7 @@ struct Kernels {
                        int64_t head_dim, Dtype cache_dtype, float* peak, float* sum);
 };
 
-inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 

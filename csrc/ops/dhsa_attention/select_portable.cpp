@@ -132,8 +132,9 @@ struct Chunk {
 // Heap order: the chunk that is taken next is the largest. A NaN score is ranked last: an order stays one.
 bool taken_later(const Chunk& a, const Chunk& b) { return a.score != b.score ? a.score < b.score : a.first > b.first; }
 
-// log(exp(a) + exp(b)) without overflow.
+// log(exp(a) + exp(b)) without overflow; NaN if either is.
 float log_add(float a, float b) {
+  if (std::isnan(b)) return b;  // std::max and std::min would return a
   const float high = std::max(a, b);
   return high == -INFINITY ? high : high + std::log1p(std::exp(std::min(a, b) - high));
 }

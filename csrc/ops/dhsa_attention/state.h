@@ -9,7 +9,7 @@
 
 namespace edgerun::dhsa {
 
-// A cache element is a float, or half precision as its bits.
+// An element of a tensor is a float, or half precision as its bits.
 static inline float to_float(float value) { return value; }
 static inline float to_float(uint16_t value) { return half_to_float(value); }
 static inline void from_float(float value, float* target) { *target = value; }

@@ -152,6 +152,12 @@ double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge
   return best;
 }
 
+void store_summary(float value, float* target) { *target = value; }
+// Halves end at 65504, which an 8-bit cache's keys may exceed: a summary stays finite. NaN stays NaN.
+void store_summary(float value, uint16_t* target) {
+  *target = float_to_half(value > kLargestHalf ? kLargestHalf : value < -kLargestHalf ? -kLargestHalf : value);
+}
+
 template <typename Element>
 void summarize_head_of(const Params& params, const Tensors& tensors, int64_t head) {
   const int64_t depth = params.head_dim;
@@ -170,18 +176,18 @@ void summarize_head_of(const Params& params, const Tensors& tensors, int64_t hea
           low = keys[i] < low ? keys[i] : low;
           high = keys[i] > high ? keys[i] : high;
         }
-        from_float(low, summary + d);
-        from_float(high, summary + depth + d);
+        store_summary(low, summary + d);
+        store_summary(high, summary + depth + d);
       } else {
         float sum = 0.0f;
         for (int64_t i = 0; i < kMicroBlock; ++i) sum += keys[i];
         const float mean = sum * (1.0f / kMicroBlock);
-        from_float(mean, summary + d);
+        store_summary(mean, summary + d);
         if (params.pooling == Pooling::kMoments) {
           float squares = 0.0f;
           for (int64_t i = 0; i < kMicroBlock; ++i) squares += (keys[i] - mean) * (keys[i] - mean);
           const float variance = squares * (1.0f / kMicroBlock);
-          from_float(sizeof(Element) == 2 ? std::min(variance, kLargestHalf) : variance, summary + depth + d);
+          store_summary(variance, summary + depth + d);
         }
       }
     }

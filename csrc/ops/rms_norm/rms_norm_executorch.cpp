@@ -13,11 +13,11 @@ using executorch::runtime::KernelRuntimeContext;
 Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const executorch::aten::optional<Tensor>& weight,
                      double eps, Tensor& out) {
   const ScalarType type = x.scalar_type();
-  ET_KERNEL_CHECK(context,
-                  x.dim() > 0 && (type == ScalarType::Float || type == ScalarType::Half) && out.scalar_type() == type &&
-                      executorch::runtime::tensor_is_default_dim_order(x) &&
-                      executorch::runtime::tensor_is_default_dim_order(out),
-                  InvalidArgument, out);
+  ET_KERNEL_CHECK_MSG(context,
+                      x.dim() > 0 && (type == ScalarType::Float || type == ScalarType::Half) &&
+                          out.scalar_type() == type && executorch::runtime::tensor_is_default_dim_order(x) &&
+                          executorch::runtime::tensor_is_default_dim_order(out),
+                      InvalidArgument, out, "rms_norm: x and out must be contiguous, both float32 or both float16");
   const int64_t size = x.size(x.dim() - 1);
   ET_KERNEL_CHECK_MSG(context,
                       !weight.has_value() || (weight->scalar_type() == ScalarType::Float && weight->numel() == size),
