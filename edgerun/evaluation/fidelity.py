@@ -197,6 +197,7 @@ def _with_floor(check: Check, floor: float) -> Check:
     """The check, its limit moved to `floor` where that allows more."""
     if (floor >= check.limit) if check.least else (floor <= check.limit):
         return check
+    assert check.measured is not None
     passed = check.measured >= floor if check.least else check.measured <= floor
     detail = f"{check.detail}; limit: the model's own noise".removeprefix("; ")
     return dataclasses.replace(check, limit=floor, passed=passed, detail=detail)

@@ -223,15 +223,16 @@ class AttentionState:
         if self.key_cache.dtype != torch.int8:
             return self.key_cache
         integers, scales = _split(self.key_cache, self.head_dim)
-        scales = scales.unflatten(2, (-1, MICRO_BLOCK)).repeat_interleave(SCALE_CHANNELS, dim=2)
-        return integers.unflatten(2, (self.head_dim, MICRO_BLOCK)) * scales[:, :, : self.head_dim]
+        shape = (*integers.shape[:2], -1, MICRO_BLOCK)
+        each = scales.reshape(shape).repeat_interleave(SCALE_CHANNELS, dim=2)[:, :, : self.head_dim]
+        return torch.mul(integers.reshape(shape), each)
 
     def values(self) -> torch.Tensor:
         """The value cache as floats, [Hkv, M, 16, D]: itself, or what an int8 cache stands for, in float32."""
         if self.value_cache.dtype != torch.int8:
             return self.value_cache
         integers, scales = _split(self.value_cache, self.head_dim)
-        return integers.unflatten(2, (MICRO_BLOCK, self.head_dim)) * scales.unsqueeze(3)
+        return torch.mul(integers.reshape(*integers.shape[:2], MICRO_BLOCK, -1), scales.unsqueeze(3))
 
     def clone(self) -> AttentionState:
         """An independent copy."""
