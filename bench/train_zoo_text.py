@@ -99,17 +99,17 @@ def varied_token(rng: random.Random, kind: str) -> str:
 # little for what a long one costs.
 SHARES = {
     "multikey_2": (0.36, 0.60),
-    "noise": (0.16, 0.20),
+    "noise": (0.11, 0.15),
     "text": (0.05, 0.04),
     "multikey_3": (0.09, 0.07),
-    "threads": (0.09, 0.06),
+    "threads": (0.14, 0.11),
     "vt": (0.12, 0.03),
     "cwe": (0.04, 0.0),
     "fwe": (0.04, 0.0),
     "prose": (0.03, 0.0),
     "grouped": (0.02, 0.0),
 }
-PLAIN_TEXT_SHARE = (0.15, 0.08)
+PLAIN_TEXT_SHARE = (0.18, 0.08)
 
 
 class Samples:
