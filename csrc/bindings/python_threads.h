@@ -1,4 +1,5 @@
-// Threads for ops that Python calls directly: started for the call, gone after it.
+// Threads for ops that Python calls directly: ExecuTorch's pool when it has as many as are asked for, as it has unless a
+// test or a benchmark wants another number; else threads that are started for the call and gone after it.
 #pragma once
 
 #include <algorithm>
@@ -8,13 +9,17 @@
 #include <thread>
 #include <vector>
 
+#include "csrc/base/executorch_binding.h"
 #include "csrc/base/parallel.h"
+#include "csrc/runtime/executorch_log.h"
 
 namespace edgerun {
 
 // At most `threads` of them, however many tasks there are, and fewer where the system refuses to start more.
 inline Parallel python_threads(int64_t threads) {
   if (threads <= 1) return serial();
+  const ExecutorchLog quiet;  // the pool is made at the first call, which is no error to report
+  if (const Parallel pool = executorch_pool(); pool.threads == threads) return pool;
   const auto run = [](void* pool, int64_t workers, ParallelBody body, void* body_context) {
     std::atomic<int64_t> next{0};
     const auto take_tasks = [&] {

@@ -24,6 +24,7 @@
 
 namespace {
 
+using namespace edgerun;
 using namespace edgerun::dhsa;
 
 constexpr double kFloatTolerance = 2e-6;   // relative L2 of one call in float against double, a few roundings per key
@@ -443,23 +444,173 @@ void test_nan_stays_where_it_is() {
   for (int64_t t = 0; t < 40; ++t) CHECK(std::isnan(layer.output(t * 16)) == (t >= 10), "row %lld", (long long)t);
 }
 
-void test_large_scores_do_not_overflow() {
-  Params params = shape(2, 1, 16, 16);
-  params.scale = 300.0f;
-  expect_output(params, 0, 200, "peaked", kPeakedTolerance);
+// What lies behind the causal frontier, in the same micro-block or beyond the tokens in use, reaches no row before it.
+void test_nothing_leaks_from_behind_the_frontier() {
+  for (const float poison : {NAN, INFINITY, -INFINITY}) {
+    for (const int64_t budget : {0, 176}) {
+      Params params = sparse(64);
+      params.budget = budget;
+      Layer clean(params, 300), poisoned(params, 300);
+      for (int64_t i = 0; i < 2 * 16; ++i) {
+        poisoned.key[size_t(259 * 32 + i)] = poisoned.value[size_t(259 * 32 + i)] = poison;
+      }
+      clean.call(0, 300);
+      poisoned.call(0, 300);
+      poisoned.call(0, 260);                           // what it leaves behind token 260 is stale, and is not read
+      const size_t before = size_t(256 * 4 * 16) * 4;  // up to the tile of token 259, which selects by a later query
+      CHECK(std::equal(clean.out.begin(), clean.out.begin() + int64_t(before), poisoned.out.begin()), "budget %lld",
+            (long long)budget);
+      poisoned.value = clean.value;
+      poisoned.key = clean.key;
+      poisoned.call(256, 44);
+      CHECK(clean.out == poisoned.out, "rewound over it, budget %lld", (long long)budget);
+    }
+  }
 }
 
-void test_exp2_and_tanh() {
+// A key whose score is -inf has a weight of exactly zero; a row that sees +inf has no answer, and says so.
+void test_infinite_scores() {
+  const auto run_with = [](float key) {
+    Layer layer(shape(1, 1, 16, 8), 40);
+    for (int64_t t = 0; t < 40; ++t) layer.query[size_t(t * 16)] = 1.0f;
+    for (int64_t d = 1; d < 16; ++d) layer.key[size_t(5 * 16 + d)] = 0.0f;
+    layer.key[5 * 16] = key;
+    layer.call(0, 40);
+    return layer;
+  };
+  const Layer small = run_with(-3e38f), smallest = run_with(-INFINITY), largest = run_with(INFINITY);
+  for (int64_t t = 0; t < 40; ++t) {
+    CHECK(t == 5 || smallest.output(t * 16) == small.output(t * 16), "row %lld", (long long)t);
+    CHECK(std::isfinite(smallest.output(t * 16)), "row %lld", (long long)t);
+    CHECK(std::isnan(largest.output(t * 16)) == (t >= 5), "row %lld", (long long)t);
+  }
+}
+
+void test_large_scores_do_not_overflow() {
+  for (const float softcap : {0.0f, 50.0f}) {
+    Params params = shape(2, 1, 16, 16);
+    params.scale = 300.0f;
+    params.softcap = softcap;
+    expect_output(params, 0, 200, "peaked", kPeakedTolerance);
+    expect_output(params, 199, 1, "peaked, decode", kPeakedTolerance);
+  }
+  Params params = sparse(64);
+  params.scale = 300.0f;
+  params.pooling = Pooling::kMoments;
+  params.refine = 5;
+  expect_output(params, 0, 500, "peaked, sparse", kPeakedTolerance);
+  expect_output(params, 499, 1, "peaked, sparse decode", kPeakedTolerance);
+}
+
+// Subnormal keys and values are computed with, not flushed: half of them, beside ordinary ones, and alone.
+void test_subnormals() {
+  for (const bool all : {false, true}) {
+    Layer layer(shape(2, 1, 16, 16), 100);
+    for (size_t i = 0; i < layer.key.size(); ++i) {
+      if (all || i / 16 % 2 == 0) layer.key[i] *= 1e-39f, layer.value[i] *= 1e-39f;
+    }
+    layer.call(0, 100, edgerun::serial(), true);
+    Counters counted;
+    const double error = layer.error(&counted);
+    // Alone they keep 17 bits or so, a weighted sum of them as many.
+    CHECK(error < (all ? 1e-4 : kFloatTolerance), "%s: error %g", all ? "all" : "half", error);
+  }
+}
+
+// The kernels of selection against plain loops in double, at every size of their register tiles and beyond.
+void test_selection_kernels() {
+  Random random(3);
+  const Kernels& variant = kernels();
+  for (const int64_t width : {1, 3, 16, 20, 64, 70}) {
+    for (const int64_t pooled : {1, 2, 4, 5, 16, 18}) {
+      for (const int64_t count : {1, 2, 4, 7, 9}) {
+        for (const bool bounds : {false, true}) {
+          const int64_t stride = round_up(pooled, variant.lanes);
+          std::vector<float> queries(size_t(pooled * width)), rows(size_t(count * width * 2));
+          for (float& x : queries) x = random.uniform();
+          for (float& x : rows) x = random.uniform();
+          std::vector<float> scores(size_t(count * stride), 0.0f), alone(size_t(count * stride), 0.0f);
+          variant.score(queries.data(), pooled, rows.data(), count, width, bounds, scores.data(), stride);
+          for (int64_t r = 0; r < count; ++r) {
+            const float* row = rows.data() + r * width * (bounds ? 2 : 1);
+            for (int64_t q = 0; q < pooled; ++q) {
+              double truth = 0;
+              for (int64_t d = 0; d < width; ++d) {
+                const double low = double(queries[size_t(q * width + d)]) * row[d];
+                truth += bounds ? std::max(low, double(queries[size_t(q * width + d)]) * row[width + d]) : low;
+              }
+              const float got = scores[size_t(r * stride + q)];
+              CHECK(std::abs(got - truth) < 1e-6 * double(width), "%g, not %g", got, truth);
+              variant.score(&queries[size_t(q * width)], 1, row, 1, width, bounds, alone.data(), variant.lanes);
+              CHECK(alone[0] == got, "a score depends on its neighbours: %g, %g", alone[0], got);
+            }
+          }
+          for (float& x : scores) x *= 40.0f;
+          std::vector<float> masses(static_cast<size_t>(stride));
+          variant.mass(scores.data(), stride, count, masses.data());
+          double largest = -INFINITY;
+          for (int64_t q = 0; q < pooled; ++q) {
+            double sum = 0;
+            for (int64_t r = 0; r < count; ++r) sum += std::exp2(double(scores[size_t(r * stride + q)]));
+            CHECK(std::abs(std::log2(sum) - masses[size_t(q)]) < 1e-6 * std::max(1.0, std::abs(std::log2(sum))),
+                  "mass %g, not %g", masses[size_t(q)], std::log2(sum));
+            largest = std::max(largest, double(scores[size_t(q)]) - std::log2(sum));
+          }
+          const float share = variant.largest_share(scores.data(), stride, 1, masses.data(), pooled);
+          CHECK(std::abs(share - largest) < 1e-6 * std::max(1000.0, std::abs(largest)), "share %g, not %g", share,
+                largest);
+          scores[0] = NAN;
+          const float others = variant.largest_share(scores.data(), stride, 1, masses.data(), pooled);
+          CHECK(pooled == 1 ? others == -INFINITY : std::isfinite(others), "a NaN is passed over: %g", others);
+        }
+      }
+    }
+  }
+}
+
+// Scratch is bounded by the budget: what it holds of a longer text is one float per pooled query and three more per
+// micro-block, hidden by what attention needs.
+void test_scratch_does_not_grow() {
+  Params params = shape(8, 2, 128, 4096);
+  params.tokens = 512;
+  params.refine = 16;
+  params.pooling = Pooling::kMoments;
+  for (const int64_t budget : {0, 2048}) {
+    params.budget = budget;
+    params.input_pos = 16384 - 512;
+    const size_t short_bytes = scratch_bytes(params, 2);
+    params.input_pos = 32768 - 512;
+    CHECK(scratch_bytes(params, 2) == short_bytes, "budget %lld: %zu, then %zu bytes", (long long)budget, short_bytes,
+          scratch_bytes(params, 2));
+  }
+}
+
+void test_vector_functions() {
   using namespace edgerun::dhsa::under_test;
-  double exp_error = 0, tanh_error = 0;
+  double exp_error = 0, tanh_error = 0, log_error = 0;
   for (int i = 0; i < 400000; ++i) {
     const float x = -100.0f + 0.00027f * static_cast<float>(i);
     exp_error = std::max(exp_error, std::abs(weight(splat(x))[0] / std::exp2(double(x)) - 1));
     const float y = 0.00005f * static_cast<float>(i - 200000);
+    const float z = std::exp2(0.0001f * static_cast<float>(i));
+    const double log = std::log2(double(z));
+    log_error = std::max(log_error, std::abs(log2_vector(splat(z))[0] - log) / std::max(1.0, log));
     if (y != 0) tanh_error = std::max(tanh_error, std::abs(tanh_vector(splat(y))[0] / std::tanh(double(y)) - 1));
   }
   CHECK(exp_error < kExpTolerance, "exp2 error %g", exp_error);
   CHECK(tanh_error < kExpTolerance, "tanh error %g", tanh_error);
+  CHECK(log_error < kExpTolerance, "log2 error %g", log_error);
+  CHECK(log2_vector(splat(1.0f))[0] == 0.0f && log2_vector(splat(1024.0f))[0] == 10.0f, "exact powers of two");
+  CHECK(std::isnan(log2_vector(splat(NAN))[0]), "NaN stays");
+  Vector rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = splat(static_cast<float>(i)) + 0.25f;
+  const Vector folded = fold_vectors<kLanes>(rows);
+  for (int i = 0; i < kLanes; ++i) CHECK(folded[i] == kLanes * (i + 0.25f), "lane %d: %g", i, folded[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    Vector lanes = splat(-2.0f);
+    lanes[i] = 7.0f;
+    CHECK(largest_lane(lanes) == 7.0f, "lane %d", i);
+  }
   CHECK(weight(splat(0.0f))[0] == 1.0f && weight(splat(-INFINITY))[0] == 0.0f, "exact at 0 and -inf");
   CHECK(std::isnan(weight(splat(NAN))[0]) && std::isnan(tanh_vector(splat(NAN))[0]), "NaN stays");
   CHECK(tanh_vector(splat(1e30f))[0] == 1.0f && tanh_vector(splat(-1e30f))[0] == -1.0f, "saturated");
@@ -519,7 +670,8 @@ void test_check_names_what_is_wrong() {
 }  // namespace
 
 int main() {
-  test_exp2_and_tanh();
+  test_vector_functions();
+  test_scratch_does_not_grow();
   test_check_names_what_is_wrong();
   for (int64_t i = 0; i < kernel_count(); ++i) {
     use_kernels(kernel_at(i).name);
@@ -532,7 +684,11 @@ int main() {
     test_budget_of_everything_is_dense_bit_for_bit();
     test_grouped_heads_equal_repeated_heads();
     test_nan_stays_where_it_is();
+    test_nothing_leaks_from_behind_the_frontier();
+    test_infinite_scores();
     test_large_scores_do_not_overflow();
+    test_subnormals();
+    test_selection_kernels();
     std::printf("%s: %d failures so far\n", kernels().name, failures);
   }
   return failures == 0 ? 0 : 1;

@@ -166,7 +166,9 @@ int64_t group_count(const Params& params);
 // nullptr when the call can be served, else a static text that names what is wrong. The kernel assumes it was asked.
 const char* check(const Params& params, const Tensors& tensors);
 
-// Bytes of scratch that `run` needs with this many workers: bounded per worker, plus the lists.
+// Bytes of scratch that `run` needs with this many workers. Per worker: a list, bounded by the budget, and the larger of
+// what attention needs, bounded by the rows of a tile, and what selection needs, 12 bytes and 4 for every pooled query
+// per micro-block in use.
 size_t scratch_bytes(const Params& params, int64_t workers);
 
 // The op: append, boundaries, summaries, select, attend. `scratch` is aligned to 64 bytes. Fills *counters if not null.

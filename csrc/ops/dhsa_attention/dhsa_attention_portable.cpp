@@ -11,97 +11,84 @@
 namespace edgerun::dhsa {
 namespace {
 
-constexpr int64_t kAlignment = 64;    // bytes
-constexpr int64_t kBatchGroups = 32;  // groups whose lists are kept at a time: bounds their memory for small tiles
+constexpr int64_t kAlignment = 64;  // bytes
 
 int64_t group_size(const Params& params) { return params.query_heads / params.kv_heads; }
 
-// Tokens per task, and tasks per group: a tile too large for a worker's scratch is cut.
+// Tokens that are attended at a time: a group too large for a worker's scratch is cut.
 int64_t tokens_per_task(const Params& params) { return std::min(task_tokens(group_size(params)), params.tile); }
-int64_t tasks_per_group(const Params& params) {
-  const int64_t rows = std::min(params.tile, params.tokens);
-  return (rows + tokens_per_task(params) - 1) / tokens_per_task(params);
+
+// What one worker has to itself: its list, and floats that selection and attention use in turn.
+struct Worker {
+  Counters* counters;
+  uint16_t* ids;
+  float* scratch;
+};
+
+int64_t worker_header_bytes(const Params& params) {
+  return round_up(sizeof(Counters), kAlignment) +
+         round_up(list_capacity(params) * static_cast<int64_t>(sizeof(uint16_t)), kAlignment);
 }
 
-int64_t worker_floats(const Params& params) {
+int64_t worker_bytes(const Params& params) {
   const int64_t rows = std::min(tokens_per_task(params), params.tokens) * group_size(params);
   const int64_t attend = attend_scratch_floats(rows, params.head_dim, params.cache_dtype != Dtype::kFloat);
-  return round_up(std::max(attend, select_scratch_floats(params)), kAlignment / sizeof(float));
+  const int64_t floats = std::max(attend, select_scratch_floats(params));
+  return worker_header_bytes(params) + round_up(floats * static_cast<int64_t>(sizeof(float)), kAlignment);
 }
 
-void add_counters(const Params& params, const Lists& lists, int64_t first_group, int64_t groups, Counters* counters) {
-  for (int64_t g = 0; g < groups; ++g) {
-    const Group group = group_at(params, first_group + g);
-    // Keys of a micro-block that one row sees: the row's causal range and window, cut to the micro-block.
-    const auto seen = [&](int64_t position, int64_t base) {
-      const int64_t low = params.window > 0 ? std::max(base, position - params.window + 1) : base;
-      return std::max<int64_t>(0, std::min(base + kMicroBlock, position + 1) - low);
-    };
-    for (int64_t position = group.start; position < group.end; ++position) {
-      const int64_t causal = params.window > 0 ? std::min(position + 1, params.window) : position + 1;
-      counters->causal_pairs += causal * params.kv_heads;
+Worker worker_at(const Params& params, void* scratch, int64_t worker) {
+  char* memory = static_cast<char*>(scratch) + worker * worker_bytes(params);
+  return Worker{reinterpret_cast<Counters*>(memory),
+                reinterpret_cast<uint16_t*>(memory + round_up(sizeof(Counters), kAlignment)),
+                reinterpret_cast<float*>(memory + worker_header_bytes(params))};
+}
+
+// Of one KV head's list.
+void add_counters(const Params& params, const Group& group, const List& list, const uint16_t* ids, Counters* counters) {
+  // Keys of a micro-block that one row sees: the row's causal range and window, cut to the micro-block.
+  const auto seen = [&](int64_t position, int64_t base) {
+    const int64_t low = params.window > 0 ? std::max(base, position - params.window + 1) : base;
+    return std::max<int64_t>(0, std::min(base + kMicroBlock, position + 1) - low);
+  };
+  for (int64_t position = group.start; position < group.end; ++position) {
+    counters->causal_pairs += params.window > 0 ? std::min(position + 1, params.window) : position + 1;
+  }
+  for (int32_t i = 0; i < list.count; ++i) {
+    const int64_t base = (list.first == kListed ? ids[i] : list.first + i) * kMicroBlock;
+    if (params.window == 0 && base + kMicroBlock <= group.start + 1) {
+      counters->attended_pairs += kMicroBlock * group.rows;
+      continue;
     }
-    for (int64_t head = 0; head < params.kv_heads; ++head) {
-      const uint16_t* ids = lists.ids + (head * groups + g) * params.capacity_blocks;
-      for (int32_t i = 0; i < lists.counts[head * groups + g]; ++i) {
-        const int64_t base = ids[i] * kMicroBlock;
-        if (params.window == 0 && base + kMicroBlock <= group.start + 1) {
-          counters->attended_pairs += kMicroBlock * group.rows;
-          continue;
-        }
-        for (int64_t position = group.start; position < group.end; ++position) {
-          counters->attended_pairs += seen(position, base);
-        }
-      }
+    for (int64_t position = group.start; position < group.end; ++position) {
+      counters->attended_pairs += seen(position, base);
     }
   }
 }
 
-void select_groups(const Params& params, const Tensors& tensors, int64_t first_group, int64_t groups,
-                   const Lists& lists, float* scratch, const Parallel& parallel) {
-  const int64_t floats = worker_floats(params);
-  for_each_task(scores_chunks(params) ? parallel : serial(), params.kv_heads * groups,
-                [&](int64_t index, int64_t worker) {
-                  lists.counts[index] =
-                      select_group(params, tensors, index / groups, group_at(params, first_group + index % groups),
-                                   lists.ids + index * params.capacity_blocks, scratch + worker * floats);
-                });
-}
-
-void attend_groups(const Params& params, const Tensors& tensors, int64_t first_group, int64_t groups,
-                   const Lists& lists, float* scratch, const Parallel& parallel) {
-  const int64_t floats = worker_floats(params);
+// Attends a group's rows of one KV head, as many at a time as the scratch has room for.
+void attend_group(const Params& params, const Tensors& tensors, const Kernels& variant, int64_t head,
+                  const Group& group, const List& list, const uint16_t* ids, float* scratch) {
   const int64_t size = group_size(params);
   const int64_t depth = params.head_dim;
   const int64_t element_bytes = params.dtype == Dtype::kHalf ? 2 : 4;
-  const int64_t cuts = tasks_per_group(params);
-  const int64_t cut_tokens = tokens_per_task(params);
-  const Kernels& variant = kernels();
-  // One head's tasks stay together, for its keys are warm; of those the last, which attend most, come first.
-  for_each_task(parallel, params.kv_heads * groups * cuts, [&](int64_t index, int64_t worker) {
-    const int64_t head = index / (groups * cuts);
-    const int64_t reverse = groups * cuts - 1 - index % (groups * cuts);
-    const int64_t list = head * groups + reverse / cuts;
-    const Group group = group_at(params, first_group + reverse / cuts);
-    const int64_t first = reverse % cuts * cut_tokens;
-    if (first >= group.rows) return;
+  const auto head_of = [&](const void* cache, int64_t block_bytes) {
+    return static_cast<const char*>(cache) + head * params.capacity_blocks * block_bytes;
+  };
+  const int64_t most = tokens_per_task(params);
+  for (int64_t first = 0; first < group.rows; first += most) {
     const int64_t row = group.first_row + first;
-    const auto at = [&](const void* base, int64_t elements) {
-      return static_cast<const char*>(base) + elements * element_bytes;
-    };
-    const auto head_of = [&](const void* cache, int64_t block_bytes) {
-      return static_cast<const char*>(cache) + head * params.capacity_blocks * block_bytes;
-    };
     AttendTask task;
-    task.query = at(tensors.query, (head * size * params.tokens + row) * depth);
+    task.query = static_cast<const char*>(tensors.query) + (head * size * params.tokens + row) * depth * element_bytes;
     task.query_head_stride = params.tokens * depth;
     task.key_blocks = head_of(tensors.key_cache, key_block_bytes(params.cache_dtype, depth));
     task.value_blocks = head_of(tensors.value_cache, value_block_bytes(params.cache_dtype, depth));
     task.out = static_cast<char*>(tensors.out) + (row * params.query_heads + head * size) * depth * element_bytes;
     task.out_token_stride = params.query_heads * depth;
-    task.ids = lists.ids + list * params.capacity_blocks;
-    task.count = lists.counts[list];
-    task.tokens = std::min(cut_tokens, group.rows - first);
+    task.ids = list.first == kListed ? ids : nullptr;
+    task.first = list.first;
+    task.count = list.count;
+    task.tokens = std::min(most, group.rows - first);
     task.group = size;
     task.head_dim = depth;
     task.first_position = group.start + first;
@@ -110,8 +97,42 @@ void attend_groups(const Params& params, const Tensors& tensors, int64_t first_g
     task.softcap = params.softcap;
     task.dtype = params.dtype;
     task.cache_dtype = params.cache_dtype;
-    task.scratch = scratch + worker * floats;
+    task.scratch = scratch;
     variant.attend(task);
+  }
+}
+
+// Runs task(head, group index, worker index) for every group of every KV head. One head's tasks stay together, for its
+// keys are warm; of those the last, which attend most, come first.
+template <typename Task>
+void for_each_group(const Params& params, const Parallel& parallel, const Task& task) {
+  const int64_t groups = group_count(params);
+  for_each_task(parallel, params.kv_heads * groups,
+                [&](int64_t index, int64_t worker) { task(index / groups, groups - 1 - index % groups, worker); });
+}
+
+// Appends, summarises and finds boundaries: what a call leaves behind.
+void update_state(const Params& params, const Tensors& tensors, const Parallel& parallel) {
+  constexpr int64_t kWorthThreads = 16;  // tokens: below, waking a thread costs more than the copy
+  constexpr int64_t kPart = 32;          // micro-blocks of a task
+  const Parallel& pool = params.tokens >= kWorthThreads ? parallel : serial();
+  const bool summaries = keeps_summaries(params, tensors);
+  const BlockRange blocks = touched_blocks(params);
+  const int64_t parts = (blocks.end - blocks.first + kPart - 1) / kPart;
+  for_each_task(pool, params.kv_heads * parts, [&](int64_t index, int64_t) {
+    const int64_t first = blocks.first + index % parts * kPart;
+    const BlockRange part{first, std::min(first + kPart, blocks.end)};
+    for (int64_t block = part.first; block < part.end; ++block) {  // one by one: what is written is warm
+      append_blocks(params, tensors, index / parts, BlockRange{block, block + 1});
+      if (summaries) summarize_blocks(params, tensors, index / parts, BlockRange{block, block + 1});
+    }
+  });
+  if (!params.finds_boundaries) return;
+  clear_edges(params, tensors);
+  const BlockRange edges = decided_edges(params);
+  for_each_task(pool, (edges.end - edges.first + kPart - 1) / kPart, [&](int64_t index, int64_t) {
+    const int64_t first = edges.first + index * kPart;
+    decide_edges(params, tensors, BlockRange{first, std::min(first + kPart, edges.end)});
   });
 }
 
@@ -183,51 +204,80 @@ const char* check(const Params& params, const Tensors& tensors) {
 }
 
 size_t scratch_bytes(const Params& params, int64_t workers) {
-  const int64_t lists = params.kv_heads * std::min(group_count(params), kBatchGroups);
-  const int64_t bytes = round_up(lists * params.capacity_blocks * static_cast<int64_t>(sizeof(uint16_t)), kAlignment) +
-                        round_up(lists * static_cast<int64_t>(sizeof(int32_t)), kAlignment) +
-                        workers * worker_floats(params) * static_cast<int64_t>(sizeof(float));
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(workers * worker_bytes(params));
+}
+
+void append(const Params& params, const Tensors& tensors) {
+  for (int64_t head = 0; head < params.kv_heads; ++head) append_blocks(params, tensors, head, touched_blocks(params));
+}
+
+void summarize(const Params& params, const Tensors& tensors) {
+  if (!keeps_summaries(params, tensors)) return;
+  for (int64_t head = 0; head < params.kv_heads; ++head) {
+    summarize_blocks(params, tensors, head, touched_blocks(params));
+  }
+}
+
+void find_boundaries(const Params& params, const Tensors& tensors) {
+  if (!params.finds_boundaries) return;
+  clear_edges(params, tensors);
+  decide_edges(params, tensors, decided_edges(params));
 }
 
 void select(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel) {
-  select_groups(params, tensors, 0, group_count(params), lists, static_cast<float*>(scratch), parallel);
+  const int64_t groups = group_count(params);
+  for_each_group(params, parallel, [&](int64_t head, int64_t index, int64_t worker) {
+    const Worker mine = worker_at(params, scratch, worker);
+    const List list = select_group(params, tensors, head, group_at(params, index), mine.ids, mine.scratch);
+    const int64_t row = head * groups + index;
+    uint16_t* ids = lists.ids + row * params.capacity_blocks;
+    lists.counts[row] = list.count;
+    for (int32_t i = 0; i < list.count; ++i) {
+      ids[i] = list.first == kListed ? mine.ids[i] : static_cast<uint16_t>(list.first + i);
+    }
+  });
 }
 
 void attend(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel,
             Counters* counters) {
-  attend_groups(params, tensors, 0, group_count(params), lists, static_cast<float*>(scratch), parallel);
-  if (counters) {
-    *counters = Counters{};
-    add_counters(params, lists, 0, group_count(params), counters);
+  const int64_t groups = group_count(params);
+  const Kernels& variant = kernels();
+  const auto row_of = [&](int64_t head, int64_t index) { return head * groups + index; };
+  for_each_group(params, parallel, [&](int64_t head, int64_t index, int64_t worker) {
+    const int64_t row = row_of(head, index);
+    attend_group(params, tensors, variant, head, group_at(params, index), List{kListed, lists.counts[row]},
+                 lists.ids + row * params.capacity_blocks, worker_at(params, scratch, worker).scratch);
+  });
+  if (!counters) return;
+  *counters = Counters{};
+  for (int64_t head = 0; head < params.kv_heads; ++head) {
+    for (int64_t index = 0; index < groups; ++index) {
+      const int64_t row = row_of(head, index);
+      add_counters(params, group_at(params, index), List{kListed, lists.counts[row]},
+                   lists.ids + row * params.capacity_blocks, counters);
+    }
   }
 }
 
 void run(const Params& params, const Tensors& tensors, void* scratch, const Parallel& parallel, Counters* counters) {
-  const bool summaries = keeps_summaries(params, tensors);
-  constexpr int64_t kWorthThreads = 16;  // tokens: below, waking a thread costs more than the copy
-  for_each_task(params.tokens >= kWorthThreads ? parallel : serial(), params.kv_heads, [&](int64_t head, int64_t) {
-    append_head(params, tensors, head);
-    if (summaries) summarize_head(params, tensors, head);
+  update_state(params, tensors, parallel);
+  for (int64_t worker = 0; worker < parallel.threads; ++worker) {
+    *worker_at(params, scratch, worker).counters = Counters{};
+  }
+  const Kernels& variant = kernels();
+  for_each_group(params, parallel, [&](int64_t head, int64_t index, int64_t worker) {
+    const Worker mine = worker_at(params, scratch, worker);
+    const Group group = group_at(params, index);
+    const List list = select_group(params, tensors, head, group, mine.ids, mine.scratch);
+    attend_group(params, tensors, variant, head, group, list, mine.ids, mine.scratch);
+    if (counters) add_counters(params, group, list, mine.ids, mine.counters);
   });
-  find_boundaries(params, tensors);
-  if (counters) *counters = Counters{};
-
-  const int64_t groups = group_count(params);
-  const int64_t batch = std::min(groups, kBatchGroups);
-  char* memory = static_cast<char*>(scratch);
-  Lists lists;
-  lists.ids = reinterpret_cast<uint16_t*>(memory);
-  memory +=
-      round_up(params.kv_heads * batch * params.capacity_blocks * static_cast<int64_t>(sizeof(uint16_t)), kAlignment);
-  lists.counts = reinterpret_cast<int32_t*>(memory);
-  memory += round_up(params.kv_heads * batch * static_cast<int64_t>(sizeof(int32_t)), kAlignment);
-  float* worker_scratch = reinterpret_cast<float*>(memory);
-  for (int64_t first = 0; first < groups; first += batch) {
-    const int64_t count = std::min(batch, groups - first);
-    select_groups(params, tensors, first, count, lists, worker_scratch, parallel);
-    attend_groups(params, tensors, first, count, lists, worker_scratch, parallel);
-    if (counters) add_counters(params, lists, first, count, counters);
+  if (!counters) return;
+  *counters = Counters{};
+  for (int64_t worker = 0; worker < parallel.threads; ++worker) {
+    const Counters& part = *worker_at(params, scratch, worker).counters;
+    counters->attended_pairs += part.attended_pairs;
+    counters->causal_pairs += part.causal_pairs;
   }
 }
 

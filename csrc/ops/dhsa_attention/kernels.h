@@ -13,6 +13,8 @@ inline constexpr int64_t kStepBlocks = 8;  // micro-blocks per step of the onlin
 inline constexpr int64_t kStepKeys = kStepBlocks * kMicroBlock;
 inline constexpr int64_t kTaskRows = 256;  // most rows of a task, unless one token alone has more query heads
 
+inline constexpr int64_t kGapSums = 24;  // a boundary score looks at 17 gaps between 21 windows
+
 // Consecutive tokens of one KV head's query heads against one list. Row = token * group + head within the group.
 struct AttendTask {
   const void* query;          // first token of the task, first query head of the KV head; [group, ...] by head_stride
@@ -21,7 +23,8 @@ struct AttendTask {
   const void* value_blocks;   // [M, 16, D]; int8 ones as dhsa_attention.h says
   void* out;                  // first token of the task, first query head: [tokens, group, D] by out_token_stride
   int64_t out_token_stride;   // elements
-  const uint16_t* ids;        // micro-blocks, ascending
+  const uint16_t* ids;        // micro-blocks, ascending; null for the `count` of them from `first` on
+  int64_t first;
   int64_t count;
   int64_t tokens;
   int64_t group;  // query heads per KV head
@@ -35,17 +38,26 @@ struct AttendTask {
   float* scratch;  // attend_scratch_floats(...), aligned to 64 bytes
 };
 
+// Scores of selection lie as [micro-blocks, stride], a query after the other; stride is a multiple of `lanes`.
 struct Kernels {
   const char* name;
+  int64_t lanes;  // floats in a vector
   void (*attend)(const AttendTask& task);
-  // scores[i] = queries[i] . low, or with `high` not null: sum_d max(q_d low_d, q_d high_d). queries is [count, D].
-  void (*score)(const float* queries, int64_t count, const float* low, const float* high, int64_t head_dim,
-                float* scores);
+  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width]; with `bounds` the rows are
+  // [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
+  void (*score)(const float* queries, int64_t pooled, const float* rows, int64_t count, int64_t width, bool bounds,
+                float* scores, int64_t stride);
+  // masses[q] = log2 sum_r 2^scores[r * stride + q] over `count` rows, for every column.
+  void (*mass)(const float* scores, int64_t stride, int64_t count, float* masses);
+  // The largest over q < pooled of log2 sum_r 2^scores[r * stride + q] - masses[q]; a NaN is passed over.
+  float (*largest_share)(const float* scores, int64_t stride, int64_t count, const float* masses, int64_t pooled);
   void (*widen)(const uint16_t* halves, float* floats, int64_t count);
-  // log2 of sum_i 2^(sum_c weights[c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16], as what it
-  // peaks at and what is left: *sum in [1, 16], and the logarithm is *peak + log2(*sum).
-  void (*channel_mass)(const float* weights, const int32_t* channels, int64_t count, const void* key_block,
-                       int64_t head_dim, Dtype cache_dtype, float* peak, float* sum);
+  // log2 of sum_i 2^(sum_c weights[c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16].
+  float (*channel_mass)(const float* weights, const int32_t* channels, int64_t count, const void* key_block,
+                        int64_t head_dim, Dtype cache_dtype);
+  // Adds to kGapSums dots and squares what two micro-blocks of keys around an edge give to boundary scores.
+  void (*gap_sums)(const void* before, const void* after, int64_t head_dim, Dtype cache_dtype, double* dots,
+                   double* squares);
 };
 
 static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

@@ -13,64 +13,17 @@
 #include <cstring>
 
 #include "csrc/base/half.h"
+#include "csrc/base/vector.h"
 #include "csrc/ops/dhsa_attention/kernels.h"
+#include "csrc/ops/dhsa_attention/kernels_select_impl.h"
 
 namespace edgerun::dhsa::EDGERUN_VARIANT {
 namespace {
 
-#define EDGERUN_INLINE static inline __attribute__((always_inline))
-
-constexpr int kLanes = EDGERUN_LANES;
 constexpr int kRows = EDGERUN_ROWS;
 constexpr int kWide = EDGERUN_WIDE;
 constexpr int kPerBlock = 16 / kLanes;  // vectors in 16 floats
 constexpr int64_t kPanel = 64;          // head dimensions per pass over the keys: 4 micro-blocks x 64 floats stay in L1
-
-// Loads and stores are unaligned: a head dimension need not be a multiple of the vector.
-typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-EDGERUN_INLINE Vector load(const float* source) { return *reinterpret_cast<const Vector*>(source); }
-EDGERUN_INLINE void store(float* target, Vector value) { *reinterpret_cast<Vector*>(target) = value; }
-// x - 0 is x, sign of zero included, so that no subtraction is left.
-EDGERUN_INLINE Vector splat(float value) { return value - Vector{}; }
-EDGERUN_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-EDGERUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// 2^x, relative error below 2e-7; below -126 its smallest normal value. NaN stays NaN: the comparison is false, and 2^n
-// multiplies the polynomial rather than being added to its exponent.
-EDGERUN_INLINE Vector exp2_vector(Vector x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
-  const Vector shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer in the low bits
-  const Vector f = x - (shifted - 12582912.0f);
-  Vector p = 1.32647273e-3f * f + 9.67151299e-3f;  // minimax on [-1/2, 1/2] with p(0) = 1
-  p = p * f + 5.55073358e-2f;
-  p = p * f + 2.40222424e-1f;
-  p = p * f + 6.93147004e-1f;
-  p = p * f + 1.0f;
-  return p * (Vector)(((Bits)shifted << 23) + 0x3f800000u);
-}
-
-// A softmax weight: 2^x, and exactly 0 below 2^-100, where it cannot change a sum that holds a 1 (nor make subnormals).
-EDGERUN_INLINE Vector weight(Vector x) {
-  const Vector value = exp2_vector(x);
-  return x < -100.0f ? Vector{} : value;
-}
-
-// tanh, error below 2e-7 relative: an odd polynomial near 0, else 1 - 2 / (e^2|x| + 1).
-EDGERUN_INLINE Vector tanh_vector(Vector x) {
-  const Vector magnitude = x < 0.0f ? -x : x;
-  const Vector square = x * x;
-  Vector p = -5.7049864e-3f * square + 2.06390886e-2f;
-  p = p * square - 5.37397154e-2f;
-  p = p * square + 1.33314416e-1f;
-  p = p * square - 3.33332807e-1f;
-  const Vector near = x + x * square * p;
-  const Vector exponent = magnitude * 2.88539008f;
-  const Vector far = 1.0f - 2.0f / (exp2_vector(exponent > 126.0f ? splat(126.0f) : exponent) + 1.0f);
-  return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
-}
 
 // s[r][16 b + i] (+)= sum over depth of q[r][d] k[b][d][i]
 template <int kR, int kB>
@@ -167,13 +120,17 @@ struct Scratch {
 struct Step {
   const float* k[kStepBlocks];
   const float* v[kStepBlocks];
-  const uint16_t* ids;
+  int64_t ids[kStepBlocks];
   int64_t count;
   bool masked;  // some row of the task does not see some key
 };
 
 EDGERUN_INLINE int64_t position_of(const AttendTask& task, int64_t row) {
   return task.first_position + row / task.group;
+}
+
+EDGERUN_INLINE int64_t micro_block(const AttendTask& task, int64_t index) {
+  return task.ids != nullptr ? task.ids[index] : task.first + index;
 }
 
 // Micro-blocks of the step that begin at or before `position`.
@@ -200,51 +157,14 @@ void load_queries(const AttendTask& task, const Scratch& scratch) {
   }
 }
 
-// 16 integers, each times its scale.
-EDGERUN_INLINE void scale_integers(const int8_t* integers, const float* scales, float* target) {
-  for (int64_t i = 0; i < kMicroBlock; ++i) target[i] = static_cast<float>(integers[i]) * scales[i];
-}
-
-EDGERUN_INLINE const uint16_t* key_scales(const int8_t* block, int64_t depth) {
-  return reinterpret_cast<const uint16_t*>(block + kMicroBlock * depth);
-}
-
-void widen_keys(Dtype cache_dtype, const void* block, int64_t depth, float* target) {
-  if (cache_dtype == Dtype::kHalf) {
-    halves_to_floats(static_cast<const uint16_t*>(block), target, kMicroBlock * depth);
-    return;
-  }
-  const int8_t* integers = static_cast<const int8_t*>(block);
-  const uint16_t* halves = key_scales(integers, depth);
-  for (int64_t first = 0; first < depth; first += kScaleChannels, halves += kMicroBlock) {
-    float scales[kMicroBlock];
-    halves_to_floats(halves, scales, kMicroBlock);
-    const int64_t end = smaller(first + kScaleChannels, depth);
-    for (int64_t d = first; d < end; ++d) scale_integers(integers + d * kMicroBlock, scales, target + d * kMicroBlock);
-  }
-}
-
-void widen_values(Dtype cache_dtype, const void* block, int64_t depth, float* target) {
-  if (cache_dtype == Dtype::kHalf) {
-    halves_to_floats(static_cast<const uint16_t*>(block), target, kMicroBlock * depth);
-    return;
-  }
-  const int8_t* integers = static_cast<const int8_t*>(block);
-  float scales[kMicroBlock];
-  halves_to_floats(key_scales(integers, depth), scales, kMicroBlock);
-  for (int64_t j = 0; j < kMicroBlock; ++j) {
-    for (int64_t d = 0; d < depth; ++d) target[j * depth + d] = static_cast<float>(integers[j * depth + d]) * scales[j];
-  }
-}
-
 void load_step(const AttendTask& task, const Scratch& scratch, int64_t begin, Step& step) {
-  step.ids = task.ids + begin;
   step.count = smaller(kStepBlocks, task.count - begin);
   const int64_t depth = task.head_dim;
   const int64_t block_floats = kMicroBlock * depth;
   const int64_t key_bytes = key_block_bytes(task.cache_dtype, depth);
   const int64_t value_bytes = value_block_bytes(task.cache_dtype, depth);
   for (int64_t b = 0; b < step.count; ++b) {
+    step.ids[b] = micro_block(task, begin + b);
     const char* key = static_cast<const char*>(task.key_blocks) + step.ids[b] * key_bytes;
     const char* value = static_cast<const char*>(task.value_blocks) + step.ids[b] * value_bytes;
     step.k[b] = reinterpret_cast<const float*>(key);
@@ -399,7 +319,8 @@ void store_rows(const AttendTask& task, const Scratch& scratch) {
 void attend(const AttendTask& whole) {
   AttendTask task = whole;
   const int64_t rows = task.tokens * task.group;
-  while (task.count > 0 && task.ids[task.count - 1] * kMicroBlock > task.first_position + task.tokens - 1) --task.count;
+  const int64_t last_position = task.first_position + task.tokens - 1;
+  while (task.count > 0 && micro_block(task, task.count - 1) * kMicroBlock > last_position) --task.count;
   Scratch scratch;
   scratch.width = round_up(task.head_dim, kMicroBlock);
   scratch.s = task.scratch;
@@ -427,83 +348,23 @@ void attend(const AttendTask& whole) {
   store_rows(task, scratch);
 }
 
-template <int kQ>
-void dot_queries(const float* queries, const float* key, int64_t depth, float* scores) {
-  Vector acc[kQ][kPerBlock] = {};
-  int64_t d = 0;
-  for (; d + kMicroBlock <= depth; d += kMicroBlock) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kPerBlock; ++v) {
-      const Vector k = load(key + d + v * kLanes);
-#pragma GCC unroll 4
-      for (int q = 0; q < kQ; ++q) acc[q][v] += load(queries + q * depth + d + v * kLanes) * k;
-    }
-  }
-  for (int q = 0; q < kQ; ++q) {
-    float total = 0.0f;
-    for (int lane = 0; lane < kMicroBlock; ++lane) total += acc[q][lane / kLanes][lane % kLanes];
-    for (int64_t c = d; c < depth; ++c) total += queries[q * depth + c] * key[c];
-    scores[q] = total;
-  }
-}
-
-void score(const float* queries, int64_t count, const float* low, const float* high, int64_t depth, float* scores) {
-  if (high == nullptr) {
-    int64_t q = 0;
-    for (; q + 4 <= count; q += 4) dot_queries<4>(queries + q * depth, low, depth, scores + q);
-    for (; q < count; ++q) dot_queries<1>(queries + q * depth, low, depth, scores + q);
-    return;
-  }
-  for (int64_t q = 0; q < count; ++q, queries += depth) {
-    Vector acc[kPerBlock] = {};
-    int64_t d = 0;
-    for (; d + kMicroBlock <= depth; d += kMicroBlock) {
-      for (int v = 0; v < kPerBlock; ++v) {
-        const Vector query = load(queries + d + v * kLanes);
-        acc[v] += larger(query * load(low + d + v * kLanes), query * load(high + d + v * kLanes));
-      }
-    }
-    float total = 0.0f;
-    for (int lane = 0; lane < kMicroBlock; ++lane) total += acc[lane / kLanes][lane % kLanes];
-    for (; d < depth; ++d) {
-      const float a = queries[d] * low[d];
-      const float b = queries[d] * high[d];
-      total += a > b ? a : b;
-    }
-    scores[q] = total;
-  }
-}
-
 void widen(const uint16_t* halves, float* floats, int64_t count) { halves_to_floats(halves, floats, count); }
 
-void channel_mass(const float* weights, const int32_t* channels, int64_t count, const void* key_block, int64_t depth,
-                  Dtype cache_dtype, float* peak, float* sum) {
+float channel_mass(const float* weights, const int32_t* channels, int64_t count, const void* key_block, int64_t depth,
+                   Dtype cache_dtype) {
   Vector acc[kPerBlock] = {};
   for (int64_t c = 0; c < count; ++c) {
-    float widened[kMicroBlock];
-    const float* row = widened;
-    const int64_t offset = channels[c] * kMicroBlock;
-    if (cache_dtype == Dtype::kFloat) {
-      row = static_cast<const float*>(key_block) + offset;
-    } else if (cache_dtype == Dtype::kHalf) {
-      halves_to_floats(static_cast<const uint16_t*>(key_block) + offset, widened, kMicroBlock);
-    } else {
-      const int8_t* integers = static_cast<const int8_t*>(key_block);
-      float scales[kMicroBlock];
-      halves_to_floats(key_scales(integers, depth) + channels[c] / kScaleChannels * kMicroBlock, scales, kMicroBlock);
-      scale_integers(integers + offset, scales, widened);
-    }
+    float row[kMicroBlock];
+    load_channel(cache_dtype, key_block, depth, channels[c], row);
     for (int v = 0; v < kPerBlock; ++v) acc[v] += weights[c] * load(row + v * kLanes);
   }
   float scores[kMicroBlock];
   for (int v = 0; v < kPerBlock; ++v) store(scores + v * kLanes, acc[v]);
   float highest = scores[0];
   for (int64_t i = 1; i < kMicroBlock; ++i) highest = scores[i] > highest ? scores[i] : highest;
-  for (int v = 0; v < kPerBlock; ++v) store(scores + v * kLanes, weight(acc[v] - highest));
-  float total = 0.0f;
-  for (int64_t i = 0; i < kMicroBlock; ++i) total += scores[i];
-  *peak = highest;
-  *sum = total;
+  Vector sums = {};
+  for (int v = 0; v < kPerBlock; ++v) sums += weight(acc[v] - highest);
+  return highest + log2_vector(fold_vectors<1>(&sums))[0];
 }
 
 #define EDGERUN_TEXT_OF(name) #name
@@ -512,6 +373,7 @@ void channel_mass(const float* weights, const int32_t* channels, int64_t count, 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {EDGERUN_TEXT(EDGERUN_VARIANT), attend, score, widen, channel_mass};
+const Kernels kKernels = {
+    EDGERUN_TEXT(EDGERUN_VARIANT), kLanes, attend, score, mass, largest_share, widen, channel_mass, gap_sums};
 
 }  // namespace edgerun::dhsa::EDGERUN_VARIANT

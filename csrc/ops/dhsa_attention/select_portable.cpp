@@ -1,6 +1,7 @@
 // Which micro-blocks a group of queries attends: a window, everything, or the best chunks within the budget.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "csrc/ops/dhsa_attention/kernels.h"
 #include "csrc/ops/dhsa_attention/state.h"
@@ -16,6 +17,11 @@ bool attends_densely(const Params& params, const Group& group) {
 
 int64_t group_size(const Params& params) { return params.query_heads / params.kv_heads; }
 
+// Columns of scores: one for every pooled query, in whole vectors.
+int64_t score_stride(int64_t pooled) { return round_up(pooled, kernels().lanes); }
+
+constexpr float kLog2[kMaxChunk / kMicroBlock + 1] = {0.0f, 0.0f, 1.0f, 1.58496250f, 2.0f};  // of 1 to 4
+
 // Most vectors that a group's queries are pooled into.
 int64_t most_pooled(const Params& params) {
   if (params.query_pooling == QueryPooling::kQueryMean) return 1;
@@ -26,17 +32,27 @@ int64_t most_pooled(const Params& params) {
 // Adds `rows` query rows to sum, in order.
 void add_rows(const Params& params, const Tensors& tensors, int64_t query_head, int64_t first_row, int64_t rows,
               float* sum) {
+  constexpr int64_t kSide = 16;  // channels that are summed side by side
   const int64_t depth = params.head_dim;
   const int64_t offset = (query_head * params.tokens + first_row) * depth;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (params.dtype == Dtype::kHalf) {
-      const uint16_t* query = static_cast<const uint16_t*>(tensors.query) + offset + row * depth;
-      for (int64_t d = 0; d < depth; ++d) sum[d] += half_to_float(query[d]);
-    } else {
-      const float* query = static_cast<const float*>(tensors.query) + offset + row * depth;
-      for (int64_t d = 0; d < depth; ++d) sum[d] += query[d];
+  const auto add = [&]<typename Element>(const Element* query) {
+    for (int64_t d = 0; d < depth; d += kSide) {
+      const int64_t channels = std::min(kSide, depth - d);
+      float total[kSide];
+      std::copy_n(sum + d, channels, total);
+      for (int64_t row = 0; row < rows; ++row) {
+        const Element* source = query + row * depth + d;
+        if (channels == kSide) {
+          for (int64_t c = 0; c < kSide; ++c) total[c] += to_float(source[c]);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) total[c] += to_float(source[c]);
+        }
+      }
+      std::copy_n(total, channels, sum + d);
     }
-  }
+  };
+  params.dtype == Dtype::kHalf ? add(static_cast<const uint16_t*>(tensors.query) + offset)
+                               : add(static_cast<const float*>(tensors.query) + offset);
 }
 
 void divide(float* sum, int64_t depth, int64_t count) {
@@ -48,18 +64,19 @@ int64_t pooled_width(const Params& params) {
   return params.pooling == Pooling::kMoments ? 2 * params.head_dim : params.head_dim;
 }
 
-// q -> [scale q, 1/2 scale^2 q^2]: its product with [mean, variance] is t(b). Rows move from the last to the first, in
-// place.
+// q -> [scale q, 1/2 scale^2 q^2] log2(e): its product with [mean, variance] is t(b) in log2 units. Rows move from the
+// last to the first, in place.
 void expand_for_moments(const Params& params, int64_t count, float* pooled) {
+  constexpr float kLog2E = 1.44269504f;
   const int64_t depth = params.head_dim;
   for (int64_t q = count - 1; q >= 0; --q) {
     const float* source = pooled + q * depth;
     float* target = pooled + q * 2 * depth;
     for (int64_t d = depth - 1; d >= 0; --d) {
       const float x = params.scale * source[d];
-      target[depth + d] = 0.5f * x * x;
+      target[depth + d] = 0.5f * kLog2E * x * x;
     }
-    for (int64_t d = depth - 1; d >= 0; --d) target[d] = params.scale * source[d];
+    for (int64_t d = depth - 1; d >= 0; --d) target[d] = params.scale * kLog2E * source[d];
   }
 }
 
@@ -88,119 +105,190 @@ int64_t pool_queries(const Params& params, const Tensors& tensors, int64_t head,
   return count;
 }
 
-// Reads the summaries of one KV head, as floats, and scores pooled queries against them.
+// The pooled queries of a group against the summaries of one KV head. Scores lie as [micro-blocks, stride], zero in the
+// columns that no query has.
 class Scorer {
  public:
-  Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t count,
-         float* scratch)
-      : params_(params), kernels_(kernels()), queries_(queries), count_(count), widened_(scratch) {
-    const int64_t offset = head * params.capacity_blocks * summary_vectors(params.pooling) * params.head_dim;
-    summaries_ = static_cast<const char*>(tensors.summaries) + offset * element_bytes();
+  Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t pooled, float* rows)
+      : params_(params), queries_(queries), pooled_(pooled), stride_(score_stride(pooled)), rows_(rows) {
+    row_floats_ = summary_vectors(params.pooling) * params.head_dim;
+    element_bytes_ = params.cache_dtype == Dtype::kFloat ? 4 : 2;
+    summaries_ = static_cast<const char*>(tensors.summaries) + row_offset(head * params.capacity_blocks);
   }
 
-  // scores[q] of one micro-block.
-  void operator()(int64_t block, float* scores) const {
-    const int64_t elements = summary_vectors(params_.pooling) * params_.head_dim;
-    const char* summary = summaries_ + block * elements * element_bytes();
-    const float* low = reinterpret_cast<const float*>(summary);
-    if (params_.cache_dtype != Dtype::kFloat) {
-      kernels_.widen(reinterpret_cast<const uint16_t*>(summary), widened_, elements);
-      low = widened_;
+  int64_t pooled() const { return pooled_; }
+  int64_t stride() const { return stride_; }
+
+  // Of micro-blocks [0, count).
+  void score_first(int64_t count, float* scores) const {
+    clear(count, scores);
+    if (params_.cache_dtype == Dtype::kFloat) {
+      score(reinterpret_cast<const float*>(summaries_), count, scores);
+      return;
     }
-    const float* high = params_.pooling == Pooling::kMinMax ? low + params_.head_dim : nullptr;
-    kernels_.score(queries_, count_, low, high, pooled_width(params_), scores);
+    for (int64_t first = 0; first < count; first += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, count - first);
+      widen(first, rows, rows_);
+      score(rows_, rows, scores + first * stride_);
+    }
+  }
+
+  // Of the micro-blocks of a list.
+  void score_listed(const uint16_t* ids, int64_t count, float* scores) const {
+    clear(count, scores);
+    for (int64_t first = 0; first < count; first += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, count - first);
+      for (int64_t i = 0; i < rows; ++i) widen(ids[first + i], 1, rows_ + i * row_floats_);
+      score(rows_, rows, scores + first * stride_);
+    }
+  }
+
+  static int64_t scratch_floats(const Params& params) {
+    return kRowsAtOnce * summary_vectors(params.pooling) * params.head_dim;
   }
 
  private:
-  int64_t element_bytes() const { return params_.cache_dtype == Dtype::kFloat ? 4 : 2; }
+  static constexpr int64_t kRowsAtOnce = 16;
+
+  int64_t row_offset(int64_t row) const { return row * row_floats_ * element_bytes_; }
+
+  void clear(int64_t count, float* scores) const {
+    if (pooled_ != stride_) std::fill_n(scores, count * stride_, 0.0f);
+  }
+
+  void widen(int64_t first, int64_t rows, float* target) const {
+    const char* source = summaries_ + row_offset(first);
+    if (params_.cache_dtype == Dtype::kFloat) {
+      std::copy_n(reinterpret_cast<const float*>(source), rows * row_floats_, target);
+    } else {
+      kernels().widen(reinterpret_cast<const uint16_t*>(source), target, rows * row_floats_);
+    }
+  }
+
+  void score(const float* rows, int64_t count, float* scores) const {
+    kernels().score(queries_, pooled_, rows, count, pooled_width(params_), params_.pooling == Pooling::kMinMax, scores,
+                    stride_);
+  }
 
   const Params& params_;
-  const Kernels& kernels_;
   const float* queries_;
-  int64_t count_;
-  float* widened_;
+  int64_t pooled_;
+  int64_t stride_;
+  int64_t row_floats_;
+  int64_t element_bytes_;
+  float* rows_;
   const char* summaries_;
 };
 
-// A run of candidate micro-blocks that share a score.
-struct Chunk {
-  float score;
-  uint16_t first;  // from the sink on
-  uint16_t count;
+// Candidates, ascending: runs of micro-blocks that share a score. Scores are kept as integers of the same order.
+struct Ranking {
+  int32_t* keys;
+  int32_t* counts;
+  int32_t* firsts;
+  int64_t size = 0;
+
+  static constexpr int64_t kFloats = 3;  // of scratch per micro-block
+
+  void add(float score, int64_t first, int64_t count) {
+    score += 0.0f;  // -0 and 0 are one score
+    int32_t bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    keys[size] = bits >= 0 ? bits : bits ^ 0x7fffffff;
+    counts[size] = static_cast<int32_t>(count);
+    firsts[size++] = static_cast<int32_t>(first);
+  }
 };
 
-// Heap order: the chunk that is taken next is the largest. A NaN score is ranked last: an order stays one.
-bool taken_later(const Chunk& a, const Chunk& b) { return a.score != b.score ? a.score < b.score : a.first > b.first; }
-
-// log(exp(a) + exp(b)) without overflow; NaN if either is.
-float log_add(float a, float b) {
-  if (std::isnan(b)) return b;  // std::max and std::min would return a
-  const float high = std::max(a, b);
-  return high == -INFINITY ? high : high + std::log1p(std::exp(std::min(a, b) - high));
-}
-
-// A micro-block's score joins its chunk's.
-float combine(Pooling pooling, float a, float b) {
-  if (pooling == Pooling::kMinMax) return std::max(a, b);
-  return pooling == Pooling::kMoments ? log_add(a, b) : a + b;
-}
-
-// What every score of a pooled query is measured from: the mean score over [0, blocks), or the logarithm of the sum of
-// its exponentials; 0 where scores stand alone.
-void score_origins(const Params& params, const Scorer& scorer, int64_t pooled, int64_t blocks, float* scores,
-                   float* origins) {
-  const bool moments = params.pooling == Pooling::kMoments;
-  std::fill_n(origins, pooled, moments ? -INFINITY : 0.0f);
-  if (!moments && params.pooling != Pooling::kCentred) return;
-  for (int64_t block = 0; block < blocks; ++block) {
-    scorer(block, scores);
-    for (int64_t q = 0; q < pooled; ++q) origins[q] = combine(params.pooling, origins[q], scores[q]);
+// Micro-blocks of the candidates whose key is at least `least`.
+int64_t count_at_least(const Ranking& ranking, int32_t least) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < ranking.size; ++i) {
+    total += -static_cast<int32_t>(ranking.keys[i] >= least) & ranking.counts[i];  // no branch: compilers vectorise it
   }
-  for (int64_t q = 0; !moments && q < pooled; ++q) origins[q] /= static_cast<float>(blocks);
+  return total;
 }
 
-// Scores the chunks of [0, blocks) that reach beyond the sink, each by its micro-blocks from the sink on.
-// Scratch: three floats per pooled query.
-int64_t score_chunks(const Params& params, const Tensors& tensors, const Scorer& scorer, int64_t pooled, int64_t blocks,
-                     int64_t sink_blocks, float* scratch, Chunk* chunks) {
-  float* scores = scratch;
-  float* sums = scratch + pooled;
-  float* origins = scratch + 2 * pooled;
-  score_origins(params, scorer, pooled, blocks, scores, origins);
+// Writes the best candidates' micro-blocks, `room` of them, ascending: whole candidates in the order (score descending,
+// id ascending), and of the first that does not fit its leading micro-blocks. The key at which the room is full is found
+// by bisection, so nothing is sorted.
+int64_t take_best(const Ranking& ranking, int64_t room, uint16_t* ids) {
+  if (room == 0) return 0;
+  int64_t low = *std::min_element(ranking.keys, ranking.keys + ranking.size);  // at least `room` are not below it
+  int64_t high = *std::max_element(ranking.keys, ranking.keys + ranking.size);
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    const int64_t found = count_at_least(ranking, static_cast<int32_t>(middle));
+    if (found >= room) low = middle;
+    if (found < room) high = middle - 1;
+    if (found == room) break;
+  }
+  const int64_t above = low < INT32_MAX ? count_at_least(ranking, static_cast<int32_t>(low + 1)) : 0;
+  int64_t equal = room - above;  // for those at the key itself
   int64_t count = 0;
+  for (int64_t i = 0; i < ranking.size; ++i) {
+    if (ranking.keys[i] < low) continue;
+    int64_t taken = ranking.counts[i];
+    if (ranking.keys[i] == low) equal -= taken = std::min(taken, equal);
+    for (int64_t k = 0; k < taken; ++k) ids[count++] = static_cast<uint16_t>(ranking.firsts[i] + k);
+  }
+  return count;
+}
+
+// A chunk's score for one pooled query by all poolings but kMoments, from its micro-blocks' scores.
+float plain_score(Pooling pooling, const float* scores, int64_t stride, int64_t count, float origin) {
+  float total = scores[0];
+  for (int64_t i = 1; i < count; ++i) {
+    const float score = scores[i * stride];
+    total = pooling == Pooling::kMinMax ? std::max(total, score) : total + score;
+  }
+  if (pooling == Pooling::kMinMax) return total;
+  const float length = static_cast<float>(count);
+  const float mean = total / length - origin;
+  return pooling == Pooling::kMean ? mean : mean * std::sqrt(static_cast<float>(kMicroBlock) * length);
+}
+
+// What every score of a pooled query is measured from: the logarithm of the sum of its exponentials over [0, blocks),
+// with kCentred the mean, else 0.
+void score_origins(const Params& params, const Scorer& scorer, int64_t blocks, const float* scores, float* origins) {
+  if (params.pooling == Pooling::kMoments) {
+    kernels().mass(scores, scorer.stride(), blocks, origins);
+    return;
+  }
+  std::fill_n(origins, scorer.stride(), 0.0f);
+  if (params.pooling != Pooling::kCentred) return;
+  for (int64_t i = 0; i < blocks * scorer.stride(); ++i) origins[i % scorer.stride()] += scores[i];
+  for (int64_t q = 0; q < scorer.stride(); ++q) origins[q] /= static_cast<float>(blocks);
+}
+
+// The chunks of [0, blocks) that reach beyond the sink, each scored by its micro-blocks from the sink on.
+void rank_chunks(const Params& params, const Tensors& tensors, const Scorer& scorer, int64_t blocks,
+                 int64_t sink_blocks, const float* scores, const float* origins, Ranking* ranking) {
+  const int64_t stride = scorer.stride();
+  const auto largest_share = kernels().largest_share;
   for (int64_t first = 0; first < blocks;) {
     int64_t end = first + 1;
     while (end < blocks && tensors.boundaries[end] == 0) ++end;
     const int64_t start = std::max(first, sink_blocks);
     first = end;
     if (end <= sink_blocks) continue;
-    const float length = static_cast<float>(end - start);
-    for (int64_t block = start; block < end; ++block) {
-      scorer(block, block == start ? sums : scores);
-      if (block == start) continue;
-      for (int64_t q = 0; q < pooled; ++q) {
-        sums[q] = combine(params.pooling, sums[q], scores[q]);
-      }
-    }
+    const int64_t length = end - start;
+    const float* own = scores + start * stride;
     float best = -INFINITY;
-    for (int64_t q = 0; q < pooled; ++q) {
-      float score = sums[q];
-      if (params.pooling == Pooling::kMoments) {
-        score -= std::log(length) + origins[q];
-      } else if (params.pooling != Pooling::kMinMax) {
-        score = score / length - origins[q];
+    if (params.pooling == Pooling::kMoments) {
+      best = largest_share(own, stride, length, origins, scorer.pooled()) - kLog2[length];
+    } else {
+      for (int64_t q = 0; q < scorer.pooled(); ++q) {
+        const float score = plain_score(params.pooling, own + q, stride, length, origins[q]);
+        best = score > best ? score : best;
       }
-      if (params.pooling == Pooling::kSqrt || params.pooling == Pooling::kCentred) {
-        score *= std::sqrt(static_cast<float>(kMicroBlock) * length);
-      }
-      best = score > best ? score : best;
     }
-    chunks[count++] = Chunk{best, static_cast<uint16_t>(start), static_cast<uint16_t>(end - start)};
+    ranking->add(best, start, length);
   }
-  return count;
 }
 
-// What a second ranking reads of the pooled queries of one row: per query its largest channels, scaled to log2 units.
+constexpr float kLog2OfMicroBlock = 4.0f;
+
+// What a second ranking reads of the pooled queries of one row: per query its largest channels, in log2 units.
 struct Refinement {
   float* weights;     // [Q, D], the first counts[q] of a row
   int32_t* channels;  // [Q, D]
@@ -220,7 +308,7 @@ Refinement refinement_at(const Params& params, float* scratch) {
                     reinterpret_cast<float*>(integers + vectors + group_size(params))};
 }
 
-// Moves the largest channels of expanded queries [scale q, 1/2 scale^2 q^2] into the refinement: they become 0 here.
+// Moves the largest channels of expanded queries into the refinement: they become 0 here.
 void take_largest_channels(const Params& params, int64_t pooled, float* queries, const Refinement& refinement) {
   const int64_t depth = params.head_dim;
   const int64_t kept = std::min(params.refine, depth);
@@ -233,7 +321,7 @@ void take_largest_channels(const Params& params, int64_t pooled, float* queries,
     int32_t count = 0;
     for (int64_t d = 0; d < depth; ++d) {
       if (!(std::fabs(linear[d]) >= least)) continue;
-      refinement.weights[q * depth + count] = linear[d] * 1.44269504f;
+      refinement.weights[q * depth + count] = linear[d];
       refinement.channels[q * depth + count++] = static_cast<int32_t>(d);
       linear[d] = linear[depth + d] = 0.0f;
     }
@@ -241,26 +329,25 @@ void take_largest_channels(const Params& params, int64_t pooled, float* queries,
   }
 }
 
-// Scores `count` micro-blocks again, by ids, into ranked.
-void refine_scores(const Params& params, const Tensors& tensors, int64_t head, const Scorer& rest, int64_t pooled,
-                   const Refinement& refinement, const float* origins, const uint16_t* ids, int64_t count,
-                   float* scores, Chunk* ranked) {
+// Ranks `count` listed micro-blocks again, one by one. `rest` has the queries without their largest channels.
+void rank_again(const Params& params, const Tensors& tensors, int64_t head, const Scorer& rest,
+                const Refinement& refinement, const float* origins, const uint16_t* ids, int64_t count, float* scores,
+                Ranking* ranking) {
   const int64_t depth = params.head_dim;
   const int64_t block_bytes = key_block_bytes(params.cache_dtype, depth);
   const char* keys = static_cast<const char*>(tensors.key_cache) + head * params.capacity_blocks * block_bytes;
   const auto channel_mass = kernels().channel_mass;
+  rest.score_listed(ids, count, scores);
+  ranking->size = 0;
   for (int64_t i = 0; i < count; ++i) {
-    rest(ids[i], scores);
     float best = -INFINITY;
-    for (int64_t q = 0; q < pooled; ++q) {
-      float peak;
-      float sum;
-      channel_mass(refinement.weights + q * depth, refinement.channels + q * depth, refinement.counts[q],
-                   keys + ids[i] * block_bytes, depth, params.cache_dtype, &peak, &sum);
-      const float score = scores[q] - origins[q] + 0.69314718f * (peak + std::log2(sum) - 4.0f);
+    for (int64_t q = 0; q < rest.pooled(); ++q) {
+      const float mass = channel_mass(refinement.weights + q * depth, refinement.channels + q * depth,
+                                      refinement.counts[q], keys + ids[i] * block_bytes, depth, params.cache_dtype);
+      const float score = scores[i * rest.stride() + q] - origins[q] + mass - kLog2OfMicroBlock;
       best = score > best ? score : best;
     }
-    ranked[i] = Chunk{best, ids[i], 1};
+    ranking->add(best, ids[i], 1);
   }
 }
 
@@ -285,59 +372,62 @@ bool scores_chunks(const Params& params) {
 
 int64_t select_scratch_floats(const Params& params) {
   if (params.budget == 0 || params.window > 0 || params.selector != Selector::kChunk) return 0;
+  const int64_t blocks = blocks_for(params.input_pos + params.tokens);
   const int64_t pooled = most_pooled(params);
-  const int64_t chunk_floats = static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
-  return pooled * (pooled_width(params) + 3) + 2 * params.head_dim + chunk_floats * params.capacity_blocks +
-         refinement_floats(params);
+  return (blocks + 1) * (Ranking::kFloats + score_stride(pooled)) + pooled * pooled_width(params) +
+         Scorer::scratch_floats(params) + refinement_floats(params);
 }
 
-int32_t select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
-                     float* scratch) {
+int64_t list_capacity(const Params& params) {
+  if (params.budget == 0 || params.window > 0) return 0;
+  const int64_t blocks = params.budget / kMicroBlock + 1;  // what is forced need not begin or end at a micro-block
+  const int64_t again = params.refine > 0 ? std::max(kRefineFactor * blocks, kRefineLeast) : 0;
+  return std::min(blocks + again, params.capacity_blocks);
+}
+
+List select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
+                  float* scratch) {
   const int64_t end = blocks_for(group.end);
-  if (params.window > 0) {
-    const int64_t first_token = std::max<int64_t>(0, group.start - params.window + 1);
-    return append_range(ids, 0, first_token / kMicroBlock, end);
-  }
-  if (attends_densely(params, group)) return append_range(ids, 0, 0, end);
+  const auto range = [&](int64_t first) {
+    return List{static_cast<int32_t>(first), static_cast<int32_t>(end - first)};
+  };
+  if (params.window > 0) return range(std::max<int64_t>(0, group.start - params.window + 1) / kMicroBlock);
+  if (attends_densely(params, group)) return range(0);
 
   const int64_t local = local_start(tensors, group.start);
   const int64_t sink = std::min(params.sink / kMicroBlock, local);
   const int64_t forced_tokens = sink * kMicroBlock + group.end - local * kMicroBlock;
   const int64_t extra = std::clamp<int64_t>((params.budget - forced_tokens) / kMicroBlock, 0, local - sink);
-  if (extra == local - sink) return append_range(ids, 0, 0, end);
-  int64_t count = append_range(ids, 0, 0, sink);
-  if (params.selector == Selector::kRecent) return append_range(ids, count, local - extra, end);
+  if (extra == local - sink) return range(0);
+  append_range(ids, 0, 0, sink);
+  if (params.selector == Selector::kRecent) return List{kListed, append_range(ids, sink, local - extra, end)};
 
-  Chunk* chunks = reinterpret_cast<Chunk*>(scratch);
-  float* pooled_queries = scratch + params.capacity_blocks * static_cast<int64_t>(sizeof(Chunk) / sizeof(float));
-  float* widened = pooled_queries + most_pooled(params) * pooled_width(params);
-  const int64_t pooled = pool_queries(params, tensors, head, group, pooled_queries);
-  if (params.pooling == Pooling::kMoments) expand_for_moments(params, pooled, pooled_queries);
-  const Scorer scorer(params, tensors, head, pooled_queries, pooled, widened);
-  float* scores = widened + 2 * params.head_dim;
-  const int64_t chunk_count = score_chunks(params, tensors, scorer, pooled, local, sink, scores, chunks);
-  std::make_heap(chunks, chunks + chunk_count, taken_later);
+  const int64_t most = most_pooled(params);
+  const int64_t blocks = blocks_for(params.input_pos + params.tokens) + 1;
+  float* scores = scratch;
+  float* origins = scores + (blocks - 1) * score_stride(most);
+  int32_t* integers = reinterpret_cast<int32_t*>(origins + score_stride(most));
+  Ranking ranking{integers, integers + blocks, integers + 2 * blocks};
+  float* queries = reinterpret_cast<float*>(integers + Ranking::kFloats * blocks);
+  float* rows = queries + most * pooled_width(params);
+
+  const int64_t pooled = pool_queries(params, tensors, head, group, queries);
+  if (params.pooling == Pooling::kMoments) expand_for_moments(params, pooled, queries);
+  const Scorer scorer(params, tensors, head, queries, pooled, rows);
+  scorer.score_first(local, scores);
+  score_origins(params, scorer, local, scores, origins);
+  rank_chunks(params, tensors, scorer, local, sink, scores, origins, &ranking);
+
   const bool again = params.refine > 0 && params.pooling == Pooling::kMoments && group.rows == 1;
-  int64_t left = again ? std::min(local - sink, std::max(kRefineFactor * extra, kRefineLeast)) : extra;
-  for (int64_t remaining = chunk_count; left > 0; --remaining) {
-    std::pop_heap(chunks, chunks + remaining, taken_later);
-    const Chunk& best = chunks[remaining - 1];
-    const int64_t taken = std::min<int64_t>(best.count, left);
-    count = append_range(ids, count, best.first, best.first + taken);
-    left -= taken;
+  const int64_t room = again ? std::min(local - sink, std::max(kRefineFactor * extra, kRefineLeast)) : extra;
+  take_best(ranking, room, ids + sink);
+  if (again && room > extra) {
+    const Refinement refinement = refinement_at(params, rows + Scorer::scratch_floats(params));
+    take_largest_channels(params, pooled, queries, refinement);
+    rank_again(params, tensors, head, scorer, refinement, origins, ids + sink, room, scores, &ranking);
+    take_best(ranking, extra, ids + sink);
   }
-  if (again && count > sink + extra) {
-    const Refinement refinement = refinement_at(params, scores + 3 * most_pooled(params));
-    take_largest_channels(params, pooled, pooled_queries, refinement);
-    refine_scores(params, tensors, head, scorer, pooled, refinement, scores + 2 * pooled, ids + sink, count - sink,
-                  scores, chunks);
-    std::nth_element(chunks, chunks + extra, chunks + (count - sink),
-                     [](const Chunk& a, const Chunk& b) { return taken_later(b, a); });
-    for (int64_t i = 0; i < extra; ++i) ids[sink + i] = chunks[i].first;
-    count = sink + extra;
-  }
-  std::sort(ids + sink, ids + count);
-  return append_range(ids, count, local, end);
+  return List{kListed, append_range(ids, sink + extra, local, end)};
 }
 
 }  // namespace edgerun::dhsa

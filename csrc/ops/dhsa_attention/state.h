@@ -26,8 +26,21 @@ struct Group {
 Group group_at(const Params& params, int64_t index);
 
 bool keeps_summaries(const Params& params, const Tensors& tensors);
-void append_head(const Params& params, const Tensors& tensors, int64_t head);
-void summarize_head(const Params& params, const Tensors& tensors, int64_t head);
+
+// Micro-blocks that the call writes, [first, end), and the stages of some of them. Summaries of incomplete ones are left
+// out, and of boundaries (but for the first) those that are not decidable yet.
+struct BlockRange {
+  int64_t first;
+  int64_t end;
+};
+BlockRange touched_blocks(const Params& params);
+void append_blocks(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks);
+void summarize_blocks(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks);
+
+// Flags whose edge the call decides: clear what it makes undecided, then decide each by its keys.
+BlockRange decided_edges(const Params& params);
+void clear_edges(const Params& params, const Tensors& tensors);
+void decide_edges(const Params& params, const Tensors& tensors, BlockRange edges);
 
 // Whether some group of the call scores chunks, rather than taking a range; `select` is then worth threads.
 bool scores_chunks(const Params& params);
@@ -35,9 +48,19 @@ bool scores_chunks(const Params& params);
 // Floats that selection needs per worker.
 int64_t select_scratch_floats(const Params& params);
 
-// The list of one group of one KV head into ids (room for M); returns its length.
-int32_t select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
-                     float* scratch);
+// The micro-blocks of a group: `count` of them from `first` on, or, with first == kListed, those written down.
+struct List {
+  int32_t first;
+  int32_t count;
+};
+inline constexpr int32_t kListed = -1;
+
+// Most micro-blocks that select_group writes down: bounded by the budget, not by the length.
+int64_t list_capacity(const Params& params);
+
+// The list of one group of one KV head; ids has room for list_capacity(params).
+List select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
+                  float* scratch);
 
 // Runs task(index, worker) for every index in [0, count), each on whichever worker is free.
 template <typename Task>

@@ -6,7 +6,10 @@
 #include <limits>
 #include <type_traits>
 
+#define EDGERUN_LANES 4
 #include "csrc/base/half.h"
+#include "csrc/base/vector.h"
+#include "csrc/ops/dhsa_attention/kernels.h"
 #include "csrc/ops/dhsa_attention/state.h"
 
 namespace edgerun::dhsa {
@@ -15,6 +18,26 @@ namespace {
 constexpr float kLargestHalf = 65504.0f;
 constexpr uint16_t kHalfNan = 0x7e00;
 
+// Channels or tokens that are moved side by side.
+constexpr int64_t kSide = kLanes;
+static_assert(kSide == 4);
+
+// Rows [kSide, columns] into columns [columns, kSide], both with a stride; `columns` is a multiple of kSide.
+void transpose(const float* source, int64_t source_stride, float* target, int64_t target_stride, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kSide) {
+    Vector rows[kSide];
+    for (int64_t r = 0; r < kSide; ++r) rows[r] = load(source + r * source_stride + c);
+    const Vector low01 = EDGERUN_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5);
+    const Vector high01 = EDGERUN_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+    const Vector low23 = EDGERUN_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+    const Vector high23 = EDGERUN_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+    const Vector columns4[kSide] = {
+        EDGERUN_SHUFFLE(low01, low23, 0, 1, 4, 5), EDGERUN_SHUFFLE(low01, low23, 2, 3, 6, 7),
+        EDGERUN_SHUFFLE(high01, high23, 0, 1, 4, 5), EDGERUN_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+    for (int64_t i = 0; i < kSide; ++i) store(target + (c + i) * target_stride, columns4[i]);
+  }
+}
+
 // Keys are scattered into [D][16], values copied into [16][D]; both are zero from the last token to the end of its
 // micro-block: kernels read whole micro-blocks, and 0 * NaN would be NaN.
 template <typename Source, typename Element>
@@ -22,7 +45,15 @@ void store_tokens(const Source* key, const Source* value, int64_t depth, int64_t
                   void* value_block) {
   Element* keys = static_cast<Element*>(key_block);
   Element* values = static_cast<Element*>(value_block) + lane * depth;
-  for (int64_t d = 0; d < depth; ++d) {
+  int64_t scattered = depth;
+  if constexpr (std::is_same_v<Source, float> && std::is_same_v<Element, float>) {
+    if (count == kMicroBlock) {  // whole micro-blocks by tiles
+      for (int64_t i = 0; i < kMicroBlock; i += kSide)
+        transpose(key + i * depth, depth, keys + i, kMicroBlock, depth / kSide * kSide);
+      scattered = depth % kSide;
+    }
+  }
+  for (int64_t d = depth - scattered; d < depth; ++d) {
     Element* row = keys + d * kMicroBlock;
     for (int64_t i = 0; i < count; ++i) from_float(to_float(key[i * depth + d]), row + lane + i);
     for (int64_t i = lane + count; i < kMicroBlock; ++i) row[i] = Element{};
@@ -79,7 +110,7 @@ void quantize_tokens(const Source* key, const Source* value, int64_t depth, int6
 }
 
 template <typename Source>
-void append_head_of(const Params& params, const Tensors& tensors, int64_t head) {
+void append_blocks_of(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks) {
   const int64_t depth = params.head_dim;
   const int64_t key_bytes = key_block_bytes(params.cache_dtype, depth);
   const int64_t value_bytes = value_block_bytes(params.cache_dtype, depth);
@@ -91,14 +122,12 @@ void append_head_of(const Params& params, const Tensors& tensors, int64_t head) 
                      : params.cache_dtype == Dtype::kHalf ? store_tokens<Source, uint16_t>
                                                           : quantize_tokens<Source>;
   const int64_t end = params.input_pos + params.tokens;
-  for (int64_t position = params.input_pos; position < end;) {
-    const int64_t lane = position % kMicroBlock;
-    const int64_t count = std::min(kMicroBlock - lane, end - position);
-    store(key, value, depth, lane, count, key_blocks + position / kMicroBlock * key_bytes,
-          value_blocks + position / kMicroBlock * value_bytes);
-    key += count * depth;
-    value += count * depth;
-    position += count;
+  for (int64_t block = blocks.first; block < blocks.end; ++block) {
+    const int64_t position = std::max(block * kMicroBlock, params.input_pos);
+    const int64_t count = std::min((block + 1) * kMicroBlock, end) - position;
+    const int64_t offset = (position - params.input_pos) * depth;
+    store(key + offset, value + offset, depth, position % kMicroBlock, count, key_blocks + block * key_bytes,
+          value_blocks + block * value_bytes);
   }
 }
 
@@ -122,26 +151,16 @@ void read_channel(const Params& params, const Tensors& tensors, int64_t block, i
 
 // Largest 1 - cosine over the gaps [e - 8, e + 8]. Sums stand for means: their cosine is the same.
 double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge) {
-  constexpr int64_t kSpan = 2 * kBoundaryReach;          // tokens
-  constexpr int64_t kGaps = 2 * kBoundarySpan + 1;       // candidate gaps
-  constexpr int64_t kWindows = kGaps + kBoundaryWindow;  // windows of 4 tokens that start in the span
-  static_assert(kWindows + kBoundaryWindow - 1 == kSpan);
-  const int64_t depth = params.head_dim;
-  double dots[kGaps] = {};
-  double squares[kWindows] = {};
+  constexpr int64_t kGaps = 2 * kBoundarySpan + 1;
+  static_assert(kGaps + kBoundaryWindow <= kGapSums && kBoundaryReach <= kMicroBlock);
+  const int64_t block_bytes = key_block_bytes(params.cache_dtype, params.head_dim);
+  const auto gap_sums = kernels().gap_sums;
+  double dots[kGapSums] = {};
+  double squares[kGapSums] = {};
   for (int64_t head = 0; head < params.kv_heads; ++head) {
-    const int64_t after = head * params.capacity_blocks + edge / kMicroBlock;
-    for (int64_t d = 0; d < depth; ++d) {
-      float keys[2 * kMicroBlock];  // of the micro-blocks before and after the edge
-      double x[kSpan];
-      read_channel(params, tensors, after - 1, d, keys);
-      read_channel(params, tensors, after, d, keys + kMicroBlock);
-      for (int64_t i = 0; i < kSpan; ++i) x[i] = keys[kMicroBlock - kBoundaryReach + i];
-      double window[kWindows];
-      for (int64_t i = 0; i < kWindows; ++i) window[i] = (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
-      for (int64_t i = 0; i < kWindows; ++i) squares[i] += window[i] * window[i];
-      for (int64_t i = 0; i < kGaps; ++i) dots[i] += window[i] * window[i + kBoundaryWindow];
-    }
+    const char* after = static_cast<const char*>(tensors.key_cache) +
+                        (head * params.capacity_blocks + edge / kMicroBlock) * block_bytes;
+    gap_sums(after - block_bytes, after, params.head_dim, params.cache_dtype, dots, squares);
   }
   double best = 0.0;
   for (int64_t i = 0; i < kGaps; ++i) {
@@ -158,37 +177,55 @@ void store_summary(float value, uint16_t* target) {
   *target = float_to_half(value > kLargestHalf ? kLargestHalf : value < -kLargestHalf ? -kLargestHalf : value);
 }
 
+// What a micro-block's summary says of kSide channels, from their keys [16, kSide]: its one or two vectors.
+void summarize_channels(Pooling pooling, const float* keys, float* first, float* second) {
+  Vector one = load(keys);
+  Vector two = one;
+  if (pooling == Pooling::kMinMax) {
+    for (int64_t i = 1; i < kMicroBlock; ++i) {
+      const Vector key = load(keys + i * kSide);
+      one = key < one ? key : one;
+      two = key > two ? key : two;
+    }
+  } else {
+    for (int64_t i = 1; i < kMicroBlock; ++i) one += load(keys + i * kSide);
+    one *= 1.0f / kMicroBlock;
+    two = Vector{};
+    for (int64_t i = 0; i < kMicroBlock; ++i) {
+      const Vector difference = load(keys + i * kSide) - one;
+      two += difference * difference;
+    }
+    two *= 1.0f / kMicroBlock;
+  }
+  store(first, one);
+  store(second, two);
+}
+
 template <typename Element>
-void summarize_head_of(const Params& params, const Tensors& tensors, int64_t head) {
+void summarize_blocks_of(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks) {
   const int64_t depth = params.head_dim;
   const int64_t vectors = summary_vectors(params.pooling);
-  const int64_t end = (params.input_pos + params.tokens) / kMicroBlock;
-  for (int64_t block = params.input_pos / kMicroBlock; block < end; ++block) {
+  const int64_t end = std::min(blocks.end, (params.input_pos + params.tokens) / kMicroBlock);
+  for (int64_t block = blocks.first; block < end; ++block) {
     const int64_t index = head * params.capacity_blocks + block;
     Element* summary = static_cast<Element*>(tensors.summaries) + index * vectors * depth;
-    for (int64_t d = 0; d < depth; ++d) {
-      float keys[kMicroBlock];
-      read_channel(params, tensors, index, d, keys);
-      if (params.pooling == Pooling::kMinMax) {
-        float low = keys[0];
-        float high = low;
-        for (int64_t i = 1; i < kMicroBlock; ++i) {
-          low = keys[i] < low ? keys[i] : low;
-          high = keys[i] > high ? keys[i] : high;
-        }
-        store_summary(low, summary + d);
-        store_summary(high, summary + depth + d);
+    for (int64_t d = 0; d < depth; d += kSide) {
+      const int64_t channels = std::min(kSide, depth - d);
+      float narrow[kSide * kMicroBlock] = {};
+      const float* rows = narrow;  // [kSide, 16]
+      if (std::is_same_v<Element, float> && channels == kSide) {
+        rows = static_cast<const float*>(tensors.key_cache) + (index * depth + d) * kMicroBlock;
       } else {
-        float sum = 0.0f;
-        for (int64_t i = 0; i < kMicroBlock; ++i) sum += keys[i];
-        const float mean = sum * (1.0f / kMicroBlock);
-        store_summary(mean, summary + d);
-        if (params.pooling == Pooling::kMoments) {
-          float squares = 0.0f;
-          for (int64_t i = 0; i < kMicroBlock; ++i) squares += (keys[i] - mean) * (keys[i] - mean);
-          const float variance = squares * (1.0f / kMicroBlock);
-          store_summary(variance, summary + depth + d);
-        }
+        for (int64_t c = 0; c < channels; ++c) read_channel(params, tensors, index, d + c, narrow + c * kMicroBlock);
+      }
+      float keys[kMicroBlock * kSide];
+      transpose(rows, kMicroBlock, keys, kSide, kMicroBlock);
+      float first[kSide];
+      float second[kSide];
+      summarize_channels(params.pooling, keys, first, second);
+      for (int64_t c = 0; c < channels; ++c) {
+        store_summary(first[c], summary + d + c);
+        if (vectors == 2) store_summary(second[c], summary + depth + d + c);
       }
     }
   }
@@ -200,38 +237,36 @@ bool keeps_summaries(const Params& params, const Tensors& tensors) {
   return params.budget > 0 && params.selector == Selector::kChunk && tensors.summaries != nullptr;
 }
 
-void append_head(const Params& params, const Tensors& tensors, int64_t head) {
-  params.dtype == Dtype::kHalf ? append_head_of<uint16_t>(params, tensors, head)
-                               : append_head_of<float>(params, tensors, head);
+BlockRange touched_blocks(const Params& params) {
+  return BlockRange{params.input_pos / kMicroBlock, (params.input_pos + params.tokens - 1) / kMicroBlock + 1};
 }
 
-void summarize_head(const Params& params, const Tensors& tensors, int64_t head) {
-  params.cache_dtype == Dtype::kFloat ? summarize_head_of<float>(params, tensors, head)
-                                      : summarize_head_of<uint16_t>(params, tensors, head);
+void append_blocks(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks) {
+  (params.dtype == Dtype::kHalf ? append_blocks_of<uint16_t> : append_blocks_of<float>)(params, tensors, head, blocks);
 }
 
-void append(const Params& params, const Tensors& tensors) {
-  for (int64_t head = 0; head < params.kv_heads; ++head) append_head(params, tensors, head);
+void summarize_blocks(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks) {
+  (params.cache_dtype == Dtype::kFloat ? summarize_blocks_of<float> : summarize_blocks_of<uint16_t>)(params, tensors,
+                                                                                                     head, blocks);
 }
 
-void summarize(const Params& params, const Tensors& tensors) {
-  if (!keeps_summaries(params, tensors)) return;
-  for (int64_t head = 0; head < params.kv_heads; ++head) summarize_head(params, tensors, head);
-}
-
-void find_boundaries(const Params& params, const Tensors& tensors) {
-  if (!params.finds_boundaries) return;
-  const int64_t before = params.input_pos;
-  const int64_t after = before + params.tokens;
+BlockRange decided_edges(const Params& params) {
   // Edges with e + 12 <= n were decided when n tokens were there, and stay decided by the same keys.
   const auto first_undecided = [](int64_t tokens) {
     return tokens < kBoundaryReach ? int64_t{0} : (tokens - kBoundaryReach) / kMicroBlock + 1;
   };
-  const int64_t first = std::max<int64_t>(first_undecided(before), 1);
-  const int64_t end = first_undecided(after);
+  return BlockRange{std::max<int64_t>(first_undecided(params.input_pos), 1),
+                    first_undecided(params.input_pos + params.tokens)};
+}
+
+void clear_edges(const Params& params, const Tensors& tensors) {
+  const int64_t first = decided_edges(params).first;
   std::memset(tensors.boundaries + first, 0, params.capacity_blocks + 1 - first);
   tensors.boundaries[0] = 1;
-  for (int64_t block = first; block < end; ++block) {
+}
+
+void decide_edges(const Params& params, const Tensors& tensors, BlockRange edges) {
+  for (int64_t block = edges.first; block < edges.end; ++block) {
     const int64_t edge = block * kMicroBlock;
     bool cut = edge % kMaxChunk == 0;
     if (!cut && params.chunking == Chunking::kCosine) {
