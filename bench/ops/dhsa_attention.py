@@ -211,7 +211,7 @@ def decode(plan: Plan, key: dict[str, Any]) -> tuple[list[Candidate], dict[str, 
     kinds = ("fp32",) if key["kv_dtype"] == "fp32" else ("fp32", key["kv_dtype"])
     candidates: list[Candidate] = []
     for kv_dtype in kinds:
-        dense, sparse = decode_pair(case, key["budget"], kv_dtype)
+        dense, sparse = decode_pair(case, key["budget"], kv_dtype, plan.threads)
         for role, one in (("dense", dense), ("sparse", sparse)):
             candidates.append(decode_candidate(f"edgerun {role}, {kv_dtype} cache", one, role, kv_dtype))
     return candidates, {}
@@ -244,7 +244,8 @@ def growth(plan: Plan, key: dict[str, Any]) -> tuple[list[Candidate], dict[str, 
     for length in sorted(key["lengths"], reverse=True):
         name = f"edgerun budget {key['budget']}, {length} tokens"
         if key["phase"] == "decode":
-            sparse = decode_pair(decode_case(plan, length, key["head_dim"], key["group"]), key["budget"], "fp32")[1]
+            case = decode_case(plan, length, key["head_dim"], key["group"])
+            sparse = decode_pair(case, key["budget"], "fp32", plan.threads)[1]
             candidates.append(decode_candidate(name, sparse, "sparse", "fp32"))
         else:
             case = AttentionCase.make(length, key["head_dim"], plan.query_heads, plan.query_heads // key["group"])

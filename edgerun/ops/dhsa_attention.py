@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -191,6 +191,31 @@ def attend(
         *options.arguments(),
     )
     return result
+
+
+def prepare_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    state: AttentionState,
+    input_pos: int,
+    options: AttentionOptions,
+    threads: int,
+) -> Callable[[], object]:
+    """`attend` with its arguments checked and prepared: what the function that it returns takes is the kernel's time.
+
+    out [1, S, Hq, D] receives the result; all tensors are contiguous and outlive the function. Raises EdgerunError for
+    what does not fit; the function raises ValueError for what the kernel refuses.
+    """
+    tensors = (query, key, value, out, state.key_cache, state.value_cache, state.summaries, state.boundaries)
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise EdgerunError("a prepared call takes contiguous tensors")
+    check_shapes(query, key, value, state, options)
+    check_position(query.shape[2], key.shape[2], value.shape[2], input_pos, state.capacity_tokens)
+    arguments = _native_arguments(query, key, value, out, state, input_pos, options, threads)
+    call = _native().dhsa_attention
+    return lambda: call(*arguments)  # type: ignore[arg-type, call-arg]
 
 
 def native_lists(

@@ -346,9 +346,10 @@ def _rank_again(
     everything = torch.where(in_past, everything, torch.full_like(everything, _NEVER))
     highest = everything.amax(dim=3, keepdim=True)
     everything = highest + torch.log(torch.exp(everything - highest).sum(dim=3, keepdim=True))
-    magnitude = torch.maximum(queries, -queries)
-    least = torch.topk(magnitude, min(options.refine, head_dim), dim=2).values.amin(dim=2, keepdim=True)
-    large = torch.where(magnitude >= least, queries, torch.zeros_like(queries))
+    by_head = queries.reshape(kv_heads, heads, len(single), head_dim)
+    strongest = torch.maximum(by_head, -by_head).amax(dim=1, keepdim=True)  # [Hkv, 1, G', D]
+    least = torch.topk(strongest, min(options.refine, head_dim), dim=3).values.amin(dim=3, keepdim=True)
+    large = torch.where(strongest >= least, by_head, torch.zeros_like(by_head)).reshape(queries.shape)
     keys = key_cache.to(queries.dtype).transpose(1, 2).reshape(kv_heads, head_dim, blocks * MICRO_BLOCK)
     logits = torch.matmul(large, keys).reshape(kv_heads, heads, len(single), blocks, MICRO_BLOCK)
     top = logits.amax(dim=4, keepdim=True)

@@ -293,12 +293,13 @@ def _refined_scores(
     blocks: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Scores of given micro-blocks: a query's largest channels meet the keys, the others the moments. [len(blocks)]"""
+    """Scores [len(blocks)] of given micro-blocks: the largest channels meet the keys, the others the moments."""
     pooled = options.scale * pool_queries(queries, start, options.query_pooling)  # [Q, D]
     mean, variance = state.summaries[head, :local].to(pooled.dtype).unbind(1)  # [local, D]
     everything = (pooled @ mean.T + 0.5 * (pooled * pooled) @ variance.T).logsumexp(dim=1, keepdim=True)
-    least = pooled.abs().sort(dim=1, descending=True).values[:, : options.refine][:, -1:]  # [Q, 1]
-    large = torch.where(pooled.abs() >= least, pooled, torch.zeros_like(pooled))
+    strongest = pooled.abs().amax(dim=0)  # [D]
+    least = strongest.sort(descending=True).values[: options.refine][-1]
+    large = torch.where(strongest >= least, pooled, torch.zeros_like(pooled))
     small = pooled - large
     rest = small @ mean[blocks].T + 0.5 * (small * small) @ variance[blocks].T  # [Q, blocks]
     keys = state.keys()[head, blocks].to(pooled.dtype)  # [blocks, D, 16]

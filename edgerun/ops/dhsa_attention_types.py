@@ -15,7 +15,7 @@ from edgerun.errors import EdgerunError
 from edgerun.recipe import BOUNDARY_REACH, MAX_CHUNK, MICRO_BLOCK, DhsaOptions
 
 BOUNDARY_WINDOW = 4  # keys averaged on either side of a gap
-REFINE_FACTOR, REFINE_LEAST = 4, 256  # micro-blocks ranked again: so many times those chosen, at least so many
+REFINE_FACTOR, REFINE_LEAST = 2, 256  # micro-blocks ranked again: so many times those chosen, at least so many
 BOUNDARY_SPAN = 8  # a cut may be caused by a gap this many tokens from its edge
 MAX_BLOCKS = 1 << 16  # micro-block ids are 16 bits wide
 CACHE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}  # the op's; the reference takes any float dtype

@@ -256,8 +256,9 @@ def written_out_list(case: Case, head: int, start: int, end: int) -> list[int]:
 
     def again(query: torch.Tensor, b: int) -> float:
         block, scaled = keys[head, 16 * b : 16 * b + 16], o.scale * query
-        limit = sorted(query.abs().tolist(), reverse=True)[: o.refine][-1]
-        largest = [d for d in range(len(query)) if abs(query[d]) >= limit]
+        strongest = [max(abs(float(q[d])) for q in pooled) for d in range(len(query))]
+        limit = sorted(strongest, reverse=True)[: o.refine][-1]
+        largest = [d for d in range(len(query)) if strongest[d] >= limit]
         others = [d for d in range(len(query)) if d not in largest]
         exact = sum(math.exp(sum(float(scaled[d] * token[d]) for d in largest)) for token in block) / 16
         spread = sum(float(scaled[d]) ** 2 * float(block[:, d].var(unbiased=False)) for d in others)
@@ -273,7 +274,7 @@ def written_out_list(case: Case, head: int, start: int, end: int) -> list[int]:
         origins = [everything(query) for query in pooled]
         candidates = [
             (-max(again(query, b) - origin for query, origin in zip(pooled, origins, strict=True)), b)
-            for _, b in sorted(candidates)[: max(4 * room, 256)]
+            for _, b in sorted(candidates)[: max(2 * room, 256)]
         ]
     chosen = [b for _, b in sorted(candidates)[:room]]
     return sorted([*range(o.sink // 16), *chosen, *(b for b in range(local // 16, case.tokens) if 16 * b < end)])

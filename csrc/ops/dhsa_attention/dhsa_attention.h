@@ -44,7 +44,7 @@
 //      so whole chunks in score order, and of the first that does not fit its leading micro-blocks. A chunk
 //      that straddles `sink` counts its micro-blocks from `sink` on only.
 //      refine > 0, kChunk with kMoments, and the group is one row (so always in decode, and with T = 1): the
-//      max(4 extra, 256) first micro-blocks in that order are scored again, one by one (see below), and extra of them
+//      max(2 extra, 256) first micro-blocks in that order are scored again, one by one (see below), and extra of them
 //      chosen in the new order. A single query looks for single tokens, which the moments of 16 keys can hide.
 //   `sink` is a multiple of 16. budget >= sink + 64 + kBoundaryReach + tile, or the call is refused.
 //
@@ -57,8 +57,8 @@
 //             taken as normal, so log mean exp(scale * q . k) ~
 //             t(b) = scale * q . mean[b] + 1/2 scale^2 sum_d q_d^2 variance[b][d];
 //             score = log(sum_{b in c} exp t(b) / |c|) - log(sum_{b in [0, L)} exp t(b)).  Softcap is not considered.
-//   refined:  as kMoments for one micro-block b, but what the query's largest channels R = {d: |q_d| at least the
-//             refine-th largest} give is computed from the keys (after the idea of SparQ, arXiv 2312.04985):
+//   refined:  as kMoments for one micro-block b, but what the queries' largest channels R = {d: max over Q of |q_d| is
+//             at least the refine-th largest} give is computed from the keys (after SparQ, arXiv 2312.04985):
 //             log(1/16 sum_{i in b} exp(scale sum_{d in R} q_d k[i][d])) + scale sum_{d not in R} q_d mean[b][d]
 //             + 1/2 scale^2 sum_{d not in R} q_d^2 variance[b][d]  - log(sum_{b in [0, L)} exp t(b)).
 //   Q: kQueryMean: one vector, the mean of the group's rows and of the KV head's query heads.
@@ -84,7 +84,7 @@ inline constexpr int64_t kMaxChunk = 64;       // tokens
 inline constexpr int64_t kBoundarySpan = 8;    // a cut may be caused by a gap this many tokens from its edge
 inline constexpr int64_t kBoundaryWindow = 4;  // keys averaged on either side of a gap
 inline constexpr int64_t kBoundaryReach = kBoundarySpan + kBoundaryWindow;
-inline constexpr int64_t kRefineFactor = 4;   // micro-blocks scored again: so many times those chosen,
+inline constexpr int64_t kRefineFactor = 2;   // micro-blocks scored again: so many times those chosen,
 inline constexpr int64_t kRefineLeast = 256;  // and at least so many
 
 inline constexpr int64_t kScaleChannels = 32;  // of a key that share a scale in an 8-bit cache

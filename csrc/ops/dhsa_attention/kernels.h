@@ -52,9 +52,9 @@ struct Kernels {
   // The largest over q < pooled of log2 sum_r 2^scores[r * stride + q] - masses[q]; a NaN is passed over.
   float (*largest_share)(const float* scores, int64_t stride, int64_t count, const float* masses, int64_t pooled);
   void (*widen)(const uint16_t* halves, float* floats, int64_t count);
-  // log2 of sum_i 2^(sum_c weights[c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16].
-  float (*channel_mass)(const float* weights, const int32_t* channels, int64_t count, const void* key_block,
-                        int64_t head_dim, Dtype cache_dtype);
+  // masses[q] = log2 of sum_i 2^(sum_c weights[q][c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16].
+  void (*channel_masses)(const float* weights, int64_t queries, const int32_t* channels, int64_t count,
+                         const void* key_block, int64_t head_dim, Dtype cache_dtype, float* masses);
   // Adds to kGapSums dots and squares what two micro-blocks of keys around an edge give to boundary scores.
   void (*gap_sums)(const void* before, const void* after, int64_t head_dim, Dtype cache_dtype, double* dots,
                    double* squares);

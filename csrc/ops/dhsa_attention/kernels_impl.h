@@ -350,21 +350,39 @@ void attend(const AttendTask& whole) {
 
 void widen(const uint16_t* halves, float* floats, int64_t count) { halves_to_floats(halves, floats, count); }
 
-float channel_mass(const float* weights, const int32_t* channels, int64_t count, const void* key_block, int64_t depth,
-                   Dtype cache_dtype) {
-  Vector acc[kPerBlock] = {};
+template <int kQ>
+void some_channel_masses(const float* weights, const int32_t* channels, int64_t count, const void* key_block,
+                         int64_t depth, Dtype cache_dtype, float* masses) {
+  Vector logits[kQ][kPerBlock] = {};
   for (int64_t c = 0; c < count; ++c) {
     float row[kMicroBlock];
     load_channel(cache_dtype, key_block, depth, channels[c], row);
-    for (int v = 0; v < kPerBlock; ++v) acc[v] += weights[c] * load(row + v * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPerBlock; ++v) {
+      const Vector key = load(row + v * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQ; ++q) logits[q][v] += weights[q * count + c] * key;
+    }
   }
-  float scores[kMicroBlock];
-  for (int v = 0; v < kPerBlock; ++v) store(scores + v * kLanes, acc[v]);
-  float highest = scores[0];
-  for (int64_t i = 1; i < kMicroBlock; ++i) highest = scores[i] > highest ? scores[i] : highest;
-  Vector sums = {};
-  for (int v = 0; v < kPerBlock; ++v) sums += weight(acc[v] - highest);
-  return highest + log2_vector(fold_vectors<1>(&sums))[0];
+  for (int q = 0; q < kQ; ++q) {
+    Vector top = logits[q][0];
+    for (int v = 1; v < kPerBlock; ++v) top = larger(logits[q][v], top);
+    const float highest = largest_lane(top);  // whatever it is, a NaN among the logits makes the sum one
+    Vector sums = {};
+    for (int v = 0; v < kPerBlock; ++v) sums += weight(logits[q][v] - highest);
+    masses[q] = highest + log2_vector(fold_vectors<1>(&sums))[0];
+  }
+}
+
+void channel_masses(const float* weights, int64_t queries, const int32_t* channels, int64_t count,
+                    const void* key_block, int64_t depth, Dtype cache_dtype, float* masses) {
+  int64_t q = 0;
+  for (; q + 4 <= queries; q += 4) {
+    some_channel_masses<4>(weights + q * count, channels, count, key_block, depth, cache_dtype, masses + q);
+  }
+  for (; q < queries; ++q) {
+    some_channel_masses<1>(weights + q * count, channels, count, key_block, depth, cache_dtype, masses + q);
+  }
 }
 
 #define EDGERUN_TEXT_OF(name) #name
@@ -374,6 +392,6 @@ float channel_mass(const float* weights, const int32_t* channels, int64_t count,
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    EDGERUN_TEXT(EDGERUN_VARIANT), kLanes, attend, score, mass, largest_share, widen, channel_mass, gap_sums};
+    EDGERUN_TEXT(EDGERUN_VARIANT), kLanes, attend, score, mass, largest_share, widen, channel_masses, gap_sums};
 
 }  // namespace edgerun::dhsa::EDGERUN_VARIANT

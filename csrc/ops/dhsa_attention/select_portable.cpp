@@ -288,44 +288,49 @@ void rank_chunks(const Params& params, const Tensors& tensors, const Scorer& sco
 
 constexpr float kLog2OfMicroBlock = 4.0f;
 
-// What a second ranking reads of the pooled queries of one row: per query its largest channels, in log2 units.
+// What a second ranking reads of the pooled queries of one row: the channels where one of them is largest.
 struct Refinement {
-  float* weights;     // [Q, D], the first counts[q] of a row
-  int32_t* channels;  // [Q, D]
-  int32_t* counts;    // [Q]
+  float* weights;     // [Q, count], in log2 units
+  int32_t* channels;  // [count], ascending
   float* magnitudes;  // [D]
+  float* masses;      // [Q]
+  int64_t count;
 };
 
 int64_t refinement_floats(const Params& params) {
   if (params.refine == 0 || params.pooling != Pooling::kMoments) return 0;
-  return group_size(params) * (2 * params.head_dim + 1) + params.head_dim;
+  return group_size(params) * (params.head_dim + 1) + 2 * params.head_dim;
 }
 
 Refinement refinement_at(const Params& params, float* scratch) {
-  const int64_t vectors = group_size(params) * params.head_dim;
-  int32_t* integers = reinterpret_cast<int32_t*>(scratch + vectors);
-  return Refinement{scratch, integers, integers + vectors,
-                    reinterpret_cast<float*>(integers + vectors + group_size(params))};
+  float* channels = scratch + group_size(params) * params.head_dim;
+  float* magnitudes = channels + params.head_dim;
+  return Refinement{scratch, reinterpret_cast<int32_t*>(channels), magnitudes, magnitudes + params.head_dim, 0};
 }
 
-// Moves the largest channels of expanded queries into the refinement: they become 0 here.
-void take_largest_channels(const Params& params, int64_t pooled, float* queries, const Refinement& refinement) {
+// Moves the largest channels of expanded queries [scale q, 1/2 scale^2 q^2] into the refinement: they become 0 here.
+void take_largest_channels(const Params& params, int64_t pooled, float* queries, Refinement* refinement) {
   const int64_t depth = params.head_dim;
+  const auto strongest = [&](int64_t d) {
+    float most = 0.0f;  // a NaN is passed over: it stays, and its query counts for nothing
+    for (int64_t q = 0; q < pooled; ++q) most = std::max(most, std::fabs(queries[q * 2 * depth + d]));
+    return most;
+  };
+  float* magnitudes = refinement->magnitudes;
+  for (int64_t d = 0; d < depth; ++d) magnitudes[d] = strongest(d);
   const int64_t kept = std::min(params.refine, depth);
+  std::nth_element(magnitudes, magnitudes + (depth - kept), magnitudes + depth);
+  const float least = magnitudes[depth - kept];
+  for (int64_t d = 0; d < depth; ++d) {
+    if (strongest(d) >= least) refinement->channels[refinement->count++] = static_cast<int32_t>(d);
+  }
   for (int64_t q = 0; q < pooled; ++q) {
     float* linear = queries + q * 2 * depth;
-    float* magnitudes = refinement.magnitudes;
-    for (int64_t d = 0; d < depth; ++d) magnitudes[d] = std::isnan(linear[d]) ? 0.0f : std::fabs(linear[d]);
-    std::nth_element(magnitudes, magnitudes + (depth - kept), magnitudes + depth);
-    const float least = magnitudes[depth - kept];
-    int32_t count = 0;
-    for (int64_t d = 0; d < depth; ++d) {
-      if (!(std::fabs(linear[d]) >= least)) continue;
-      refinement.weights[q * depth + count] = linear[d];
-      refinement.channels[q * depth + count++] = static_cast<int32_t>(d);
+    for (int64_t c = 0; c < refinement->count; ++c) {
+      const int64_t d = refinement->channels[c];
+      refinement->weights[q * refinement->count + c] = linear[d];
       linear[d] = linear[depth + d] = 0.0f;
     }
-    refinement.counts[q] = count;
   }
 }
 
@@ -336,15 +341,15 @@ void rank_again(const Params& params, const Tensors& tensors, int64_t head, cons
   const int64_t depth = params.head_dim;
   const int64_t block_bytes = key_block_bytes(params.cache_dtype, depth);
   const char* keys = static_cast<const char*>(tensors.key_cache) + head * params.capacity_blocks * block_bytes;
-  const auto channel_mass = kernels().channel_mass;
+  const auto channel_masses = kernels().channel_masses;
   rest.score_listed(ids, count, scores);
   ranking->size = 0;
   for (int64_t i = 0; i < count; ++i) {
+    channel_masses(refinement.weights, rest.pooled(), refinement.channels, refinement.count,
+                   keys + ids[i] * block_bytes, depth, params.cache_dtype, refinement.masses);
     float best = -INFINITY;
     for (int64_t q = 0; q < rest.pooled(); ++q) {
-      const float mass = channel_mass(refinement.weights + q * depth, refinement.channels + q * depth,
-                                      refinement.counts[q], keys + ids[i] * block_bytes, depth, params.cache_dtype);
-      const float score = scores[i * rest.stride() + q] - origins[q] + mass - kLog2OfMicroBlock;
+      const float score = scores[i * rest.stride() + q] - origins[q] + refinement.masses[q] - kLog2OfMicroBlock;
       best = score > best ? score : best;
     }
     ranking->add(best, ids[i], 1);
@@ -422,8 +427,8 @@ List select_group(const Params& params, const Tensors& tensors, int64_t head, co
   const int64_t room = again ? std::min(local - sink, std::max(kRefineFactor * extra, kRefineLeast)) : extra;
   take_best(ranking, room, ids + sink);
   if (again && room > extra) {
-    const Refinement refinement = refinement_at(params, rows + Scorer::scratch_floats(params));
-    take_largest_channels(params, pooled, queries, refinement);
+    Refinement refinement = refinement_at(params, rows + Scorer::scratch_floats(params));
+    take_largest_channels(params, pooled, queries, &refinement);
     rank_again(params, tensors, head, scorer, refinement, origins, ids + sink, room, scores, &ranking);
     take_best(ranking, extra, ids + sink);
   }
