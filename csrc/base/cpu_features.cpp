@@ -1,14 +1,24 @@
-// CPU features from cpuid on x86 and from the kernel's hardware capabilities on arm64 Linux.
+// CPU features from cpuid on x86, from the kernel's hardware capabilities on arm64 Linux, from sysctl on Apple's arm64.
 #include "csrc/base/cpu_features.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace edgerun {
 namespace {
+
+#if defined(__aarch64__) && defined(__APPLE__)
+bool has(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
 
 CpuFeatures detect() {
   CpuFeatures features;
@@ -29,8 +39,11 @@ CpuFeatures detect() {
   features.dotprod = (getauxval(AT_HWCAP) & kDotProduct) != 0;
   features.i8mm = (getauxval(AT_HWCAP2) & kInt8Matrix) != 0;
   features.sha = (getauxval(AT_HWCAP) & kSha2) != 0;
-#elif defined(__ARM_FEATURE_SHA2) || defined(__ARM_FEATURE_CRYPTO)
-  features.sha = true;  // compiled for it throughout, as for Apple's CPUs
+#elif defined(__aarch64__) && defined(__APPLE__)
+  features.fp16 = has("hw.optional.arm.FEAT_FP16");
+  features.dotprod = has("hw.optional.arm.FEAT_DotProd");
+  features.i8mm = has("hw.optional.arm.FEAT_I8MM");
+  features.sha = has("hw.optional.arm.FEAT_SHA256");
 #endif
   return features;
 }

@@ -41,10 +41,14 @@ def compiled(name: str, folder: pathlib.Path, compiler: str = "g++", *options: s
     return folder / name
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
+SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module", params=[(), SANITIZED], ids=["plain", "sanitized"])
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
+    """Each as it is, and with what ends it at a fault that it would survive."""
     folder = tmp_path_factory.mktemp("programs")
-    return {name: Program((str(compiled(name, folder)),)) for name in SOURCES}
+    return {name: Program((str(compiled(name, folder, "g++", *request.param)),)) for name in SOURCES}
 
 
 def write(tmp_path: pathlib.Path, content: str | bytes) -> pathlib.Path:

@@ -32,7 +32,7 @@ int64_t worker_header_bytes(const Params& params) {
 
 int64_t worker_bytes(const Params& params) {
   const int64_t rows = std::min(tokens_per_task(params), params.tokens) * group_size(params);
-  const int64_t attend = attend_scratch_floats(rows, params.head_dim, params.cache_dtype != Dtype::kFloat);
+  const int64_t attend = attend_scratch_floats(rows, params.head_dim, params.cache_dtype);
   const int64_t floats = std::max(attend, select_scratch_floats(params));
   return worker_header_bytes(params) + round_up(floats * static_cast<int64_t>(sizeof(float)), kAlignment);
 }

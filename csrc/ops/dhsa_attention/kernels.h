@@ -41,7 +41,8 @@ struct AttendTask {
 // Scores of selection lie as [micro-blocks, stride], a query after the other; stride is a multiple of `lanes`.
 struct Kernels {
   const char* name;
-  int64_t lanes;  // floats in a vector
+  int64_t lanes;          // floats in a vector
+  bool integer_products;  // over 8-bit caches: queries and weights are rounded to 16 bits
   void (*attend)(const AttendTask& task);
   // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width]; with `bounds` the rows are
   // [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
@@ -64,12 +65,20 @@ static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Rows of the largest task, and the scratch of one worker: queries, outputs, one step of scores, row sums and maxima,
-// and one step of keys and values widened from a narrower cache.
+// Rows of the largest task, and the scratch of one worker: queries, outputs, one step of scores, row sums and maxima;
+// of a narrower cache also one step of keys and values widened, or, with integer products, what kernels_int8_neon.h keeps.
 inline constexpr int64_t task_tokens(int64_t group) { return group >= kTaskRows ? 1 : kTaskRows / group; }
-inline constexpr int64_t attend_scratch_floats(int64_t rows, int64_t head_dim, bool narrow) {
+inline constexpr int64_t int8_scratch_floats(int64_t rows, int64_t head_dim) {
   const int64_t width = round_up(head_dim, kMicroBlock);
-  return round_up(rows * (2 * width + kStepKeys + kMicroBlock + 1) + (narrow ? 2 * kStepKeys * width : 0), kMicroBlock);
+  const int64_t groups = round_up(head_dim, kScaleChannels) / kScaleChannels;
+  return kStepKeys * (width / 2 + groups + 1) + rows * (width / 2 + groups + kStepKeys / 2 + 1) + 2 * kMicroBlock;
+}
+inline constexpr int64_t attend_scratch_floats(int64_t rows, int64_t head_dim, Dtype cache) {
+  const int64_t width = round_up(head_dim, kMicroBlock);
+  const int64_t widened = cache == Dtype::kFloat ? 0 : 2 * kStepKeys * width;
+  const int64_t digits = cache == Dtype::kInt8 ? int8_scratch_floats(rows, head_dim) : 0;
+  return round_up(rows * (2 * width + kStepKeys + kMicroBlock) + round_up(rows, kMicroBlock), kMicroBlock) +
+         (widened > digits ? widened : digits);
 }
 
 // The variants that this CPU can run, the fastest first and "portable" last.

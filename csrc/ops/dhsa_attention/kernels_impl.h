@@ -1,6 +1,7 @@
 // The inner kernels of dhsa_attention, written once over the vector width. A variant file sets, then includes:
 //   EDGERUN_VARIANT  its namespace and name          EDGERUN_LANES  floats in a vector register: 4, 8 or 16
 //   EDGERUN_ROWS     query rows kept in registers    EDGERUN_WIDE   micro-blocks scored side by side
+//   EDGERUN_DEEP     if 8-bit caches are multiplied as integers: rows of a product's sum, 4 or 8 (kernels_int8_neon.h)
 // EDGERUN_ROWS * EDGERUN_WIDE * 16 / EDGERUN_LANES accumulators and what feeds them must fit in the register file.
 //
 //   S = (scale log2(e) Q) K^T,   P = 2^(S - m),   O += P V,   out = O / rowsum(P)   (online softmax, 128 keys a step)
@@ -16,10 +17,18 @@
 #include "csrc/base/vector.h"
 #include "csrc/ops/dhsa_attention/kernels.h"
 #include "csrc/ops/dhsa_attention/kernels_select_impl.h"
+#if defined(EDGERUN_DEEP)
+#include "csrc/ops/dhsa_attention/kernels_int8_neon.h"
+#endif
 
 namespace edgerun::dhsa::EDGERUN_VARIANT {
 namespace {
 
+#if defined(EDGERUN_DEEP)
+constexpr bool kIntegerProducts = true;
+#else
+constexpr bool kIntegerProducts = false;
+#endif
 constexpr int kRows = EDGERUN_ROWS;
 constexpr int kWide = EDGERUN_WIDE;
 constexpr int kPerBlock = 16 / kLanes;  // vectors in 16 floats
@@ -35,17 +44,29 @@ void score_rows(const float* q, int64_t q_stride, const float* const* k, int64_t
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? Vector{} : load(s + r * kStepKeys + v * kLanes);
   }
-  for (int64_t d = 0; d < depth; ++d) {
+  const auto add = [&](int64_t d, auto query) __attribute__((always_inline)) {  // query(r): q[r][d]
     Vector key[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) key[v] = load(k[v / kPerBlock] + d * 16 + (v % kPerBlock) * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
-      const float a = q[r * q_stride + d];
+      const float a = query(r);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) acc[r][v] += a * key[v];
     }
+  };
+  int64_t d = 0;
+#if defined(__aarch64__) && defined(__clang__)
+  // A lane of a register is a multiply-add's operand: fewer loads. (g++ spills this form, and needs it less.)
+  for (; d + kLanes <= depth; d += kLanes) {
+    Vector query[kR];
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) query[r] = load(q + r * q_stride + d);
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; ++lane) add(d + lane, [&](int r) { return query[r][lane]; });
   }
+#endif
+  for (; d < depth; ++d) add(d, [&](int r) { return q[r * q_stride + d]; });
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 8
@@ -115,6 +136,9 @@ struct Scratch {
   float* keys;     // one step widened from a narrower cache, else unused
   float* values;
   int64_t width;  // D rounded up to 16
+#if defined(EDGERUN_DEEP)
+  Int8Scratch digits;  // in the place of keys and values
+#endif
 };
 
 struct Step {
@@ -169,6 +193,13 @@ void load_step(const AttendTask& task, const Scratch& scratch, int64_t begin, St
     const char* value = static_cast<const char*>(task.value_blocks) + step.ids[b] * value_bytes;
     step.k[b] = reinterpret_cast<const float*>(key);
     step.v[b] = reinterpret_cast<const float*>(value);
+#if defined(EDGERUN_DEEP)
+    if (task.cache_dtype == Dtype::kInt8) {
+      int8_load_block(reinterpret_cast<const int8_t*>(key), reinterpret_cast<const int8_t*>(value), depth, b,
+                      scratch.digits);
+      continue;
+    }
+#endif
     if (task.cache_dtype != Dtype::kFloat) {
       widen_keys(task.cache_dtype, key, depth, scratch.keys + b * block_floats);
       widen_values(task.cache_dtype, value, depth, scratch.values + b * block_floats);
@@ -316,6 +347,43 @@ void store_rows(const AttendTask& task, const Scratch& scratch) {
   }
 }
 
+// Rows [first, first + count) see this many of the step's micro-blocks between them.
+EDGERUN_INLINE int64_t seen_blocks(const AttendTask& task, const Step& step, int64_t first, int64_t count) {
+  return step.masked ? visible_blocks(step, position_of(task, first + count - 1)) : step.count;
+}
+
+// One step of the online softmax in float.
+void take_step(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows) {
+  score_step(task, scratch, step, rows);
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t group = smaller(kRows, rows - first);
+    const int64_t blocks = seen_blocks(task, step, first, group);
+    if (blocks == 0) continue;
+    for (int64_t row = first; row < first + group; ++row) soften_row(task, scratch, step, row, blocks);
+  }
+  weigh_step(task, scratch, step, rows);
+}
+
+#if defined(EDGERUN_DEEP)
+// The same with both products in integers.
+void take_int8_step(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows) {
+  for (int64_t first = 0; first < rows; first += kDigitRows) {
+    const int64_t group = smaller(kDigitRows, rows - first);
+    const int64_t blocks = seen_blocks(task, step, first, group);
+    if (blocks == 0) continue;
+    float* s = scratch.s + first * kStepKeys;
+    for (int64_t b = 0; b < blocks; ++b) int8_score_group(group, scratch.digits, first, b, s + b * kMicroBlock);
+    for (int64_t row = first; row < first + group; ++row) {
+      soften_row(task, scratch, step, row, blocks);
+      int8_load_weights(scratch.s + row * kStepKeys, blocks, row, scratch.digits);
+    }
+    for (int64_t column = 0; column < task.head_dim; column += kMicroBlock) {
+      int8_weigh_group(group, scratch.digits, first, blocks, column, scratch.o + first * scratch.width + column);
+    }
+  }
+}
+#endif
+
 void attend(const AttendTask& whole) {
   AttendTask task = whole;
   const int64_t rows = task.tokens * task.group;
@@ -326,24 +394,25 @@ void attend(const AttendTask& whole) {
   scratch.s = task.scratch;
   scratch.sums = scratch.s + rows * kStepKeys;
   scratch.o = scratch.sums + rows * kMicroBlock;
-  scratch.keys = scratch.o + rows * scratch.width;
-  scratch.values = scratch.keys + (task.cache_dtype != Dtype::kFloat ? kStepKeys * scratch.width : 0);
-  scratch.q = scratch.values + (task.cache_dtype != Dtype::kFloat ? kStepKeys * scratch.width : 0);
+  scratch.q = scratch.o + rows * scratch.width;
   scratch.maximum = scratch.q + rows * task.head_dim;
+  scratch.keys = scratch.maximum + round_up(rows, kMicroBlock);
+  scratch.values = scratch.keys + kStepKeys * scratch.width;
   std::memset(scratch.sums, 0, rows * (kMicroBlock + scratch.width) * sizeof(float));
   for (int64_t row = 0; row < rows; ++row) scratch.maximum[row] = -__builtin_inff();
   load_queries(task, scratch);
+  auto step_of = take_step;
+#if defined(EDGERUN_DEEP)
+  if (task.cache_dtype == Dtype::kInt8) {
+    scratch.digits = int8_scratch(rows, task.head_dim, scratch.keys);
+    int8_load_queries(scratch.q, rows, task.head_dim, scratch.digits);
+    step_of = take_int8_step;
+  }
+#endif
   for (int64_t begin = 0; begin < task.count; begin += kStepBlocks) {
     Step step;
     load_step(task, scratch, begin, step);
-    score_step(task, scratch, step, rows);
-    for (int64_t first = 0; first < rows; first += kRows) {
-      const int64_t last = smaller(first + kRows, rows) - 1;
-      const int64_t blocks = step.masked ? visible_blocks(step, position_of(task, last)) : step.count;
-      if (blocks == 0) continue;
-      for (int64_t row = first; row <= last; ++row) soften_row(task, scratch, step, row, blocks);
-    }
-    weigh_step(task, scratch, step, rows);
+    step_of(task, scratch, step, rows);
   }
   store_rows(task, scratch);
 }
@@ -391,7 +460,15 @@ void channel_masses(const float* weights, int64_t queries, const int32_t* channe
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {
-    EDGERUN_TEXT(EDGERUN_VARIANT), kLanes, attend, score, mass, largest_share, widen, channel_masses, gap_sums};
+const Kernels kKernels = {EDGERUN_TEXT(EDGERUN_VARIANT),
+                          kLanes,
+                          kIntegerProducts,
+                          attend,
+                          score,
+                          mass,
+                          largest_share,
+                          widen,
+                          channel_masses,
+                          gap_sums};
 
 }  // namespace edgerun::dhsa::EDGERUN_VARIANT

@@ -20,6 +20,13 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+#elif defined(__aarch64__)
+namespace neon_dotprod {
+extern const Kernels kKernels;
+}
+namespace neon_i8mm {
+extern const Kernels kKernels;
+}
 #endif
 
 namespace {
@@ -36,6 +43,9 @@ Table& table() {
 #if defined(__x86_64__)
     if (cpu_features().avx512) found.rows[found.count++] = &avx512::kKernels;
     if (cpu_features().avx2) found.rows[found.count++] = &avx2::kKernels;
+#elif defined(__aarch64__)
+    if (cpu_features().i8mm) found.rows[found.count++] = &neon_i8mm::kKernels;
+    if (cpu_features().dotprod) found.rows[found.count++] = &neon_dotprod::kKernels;
 #endif
     found.rows[found.count++] = &portable::kKernels;
     found.chosen = found.rows[0];
