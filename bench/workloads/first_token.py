@@ -30,9 +30,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from bench.harness import RESULTS, ResultFile, Row, prove
 from bench.workloads.make_checkpoint import LlamaShape, make_checkpoint
 from edgerun import zoo
+from edgerun.bundle import Bundle
 from edgerun.checkpoint import Checkpoint
 from edgerun.compare import relative_l2, tolerance
 from edgerun.errors import EdgerunError
+from edgerun.evaluation.fidelity import NOISE_ROOM, Noise
 from edgerun.machine import package_versions
 from edgerun.recipe import DhsaOptions, Recipe
 
@@ -112,7 +114,7 @@ def measure(plan: Plan, programs: dict[str, pathlib.Path], length: int, work: pa
     """Every side's runs, in turn, after the proof; keyed by side."""
     generator = random.Random(0)
     prompt = [generator.randrange(256) for _ in range(length)]
-    limit = tolerance("logits_fp32" if plan.quantize == "none" else "quantized_parity_logits")
+    limit = proof_limit(plan, programs["dense"])
     short = prompt[:PROOF_TOKENS]
     _, expected = child(plan, "peer", programs["peer"], short, 1, work)
     _, given = child(plan, "dense", programs["dense"], short, 1, work)
@@ -138,6 +140,14 @@ def measure(plan: Plan, programs: dict[str, pathlib.Path], length: int, work: pa
         }
         for side in SIDES
     }
+
+
+def proof_limit(plan: Plan, bundle: pathlib.Path) -> float:
+    """How far two right computations of the model may part, relative L2; a quantised one has noise of its own."""
+    if plan.quantize == "none":
+        return tolerance("logits_fp32")
+    noise = Noise.from_manifest(Bundle.open(bundle).manifest)
+    return max(tolerance("quantized_parity_logits"), 0.0 if noise is None else NOISE_ROOM * noise.relative_l2)
 
 
 _MEDIANS = ("first_token_seconds", "decode_ms_per_token", "load_seconds", "peak_rss_bytes", "peak_over_start_bytes")

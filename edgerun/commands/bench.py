@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to generate; 0: prefill alone; default: %(default)s",
     )
     parser.add_argument("-r", "--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: the runtime's own choice")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
     parser.add_argument(
         "--against", type=pathlib.Path, metavar="OTHER.edgerun", help="also time this bundle, in turns, and give ratios"
     )

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only the likeliest tokens that make up P; default: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: the runtime's own choice")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
     parser.add_argument("--stream", action="store_true", help="print tokens as they come (on the host)")
     add_output_options(parser, html=False)
 

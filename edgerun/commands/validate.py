@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="host", metavar="D", help="host, emulated-arm64 or ssh:HOST[:PORT]; default: %(default)s"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: the runtime's own choice")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
     add_output_options(parser)
 
 

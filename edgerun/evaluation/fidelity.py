@@ -57,7 +57,7 @@ class Noise:
 
 
 _NUDGE = 2.0**-20  # relative: about what another order of summation does to a float32 activation
-_NOISE_ROOM = 2.0  # times the noise itself: it is one draw of two
+NOISE_ROOM = 2.0  # times the noise itself: it is one draw of two
 
 
 def own_noise(
@@ -136,10 +136,10 @@ def checks(
     if noise is None or recipe.quantize == "none":
         return found
     floors = (
-        _NOISE_ROOM * noise.relative_l2,
-        _NOISE_ROOM**2 * noise.mean_kl_nats,
-        1.0 - _NOISE_ROOM * (1.0 - noise.top1),
-        _NOISE_ROOM * noise.margin,
+        NOISE_ROOM * noise.relative_l2,
+        NOISE_ROOM**2 * noise.mean_kl_nats,
+        1.0 - NOISE_ROOM * (1.0 - noise.top1),
+        NOISE_ROOM * noise.margin,
     )
     return tuple(_with_floor(check, floor) for check, floor in zip(found, floors, strict=True))
 
