@@ -17,6 +17,7 @@ from edgerun.ops.native import native_module
 from edgerun.recipe import MICRO_BLOCK, DhsaOptions
 
 KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}  # of the cache; activations are fp32
+NARROW_CACHE = 1e-2  # relative L2 of a token in the cache: 8 bits keep it within 4e-3
 PROVEN_ROWS = 64  # query rows of each stretch that is held against float64
 
 
@@ -185,6 +186,9 @@ class Decode:
         errors = []
         keys = self.state.keys().transpose(2, 3).flatten(1, 2)  # [Hkv, 16 M, D]
         values = self.state.values().flatten(1, 2)
+        for stored, given in ((keys, self.case.key), (values, self.case.value)):
+            latest = relative_l2(stored[:, self.cached].float().numpy(), given[0, :, -1].numpy())
+            prove(f"{name}: the token that it appends", latest, NARROW_CACHE)
         for head in range(self.case.query_heads):
             kv_head = head // (self.case.query_heads // self.case.kv_heads)
             tokens = (torch.tensor(lists[kv_head][0])[:, None] * MICRO_BLOCK + torch.arange(MICRO_BLOCK)).flatten()

@@ -1,6 +1,6 @@
 // Vectors of EDGERUN_LANES floats (4, 8 or 16) and the functions on them that kernels share: arithmetic by the
-// compiler's vector extension, for every instruction set from one source. A file sets EDGERUN_LANES, then includes this.
-// All of it has internal linkage: a file is compiled for one instruction set, and the linker must not mix them.
+// compiler's vector extension, for every instruction set from one source. A file sets EDGERUN_LANES, then includes
+// this. All of it has internal linkage: a file is compiled for one instruction set, and the linker must not mix them.
 #pragma once
 
 #include <cstddef>
@@ -36,13 +36,14 @@ EDGERUN_INLINE Vector load_first(const float* source, int64_t count) {  // zeros
 }
 EDGERUN_INLINE void store(float* target, Vector value) { *reinterpret_cast<Vector*>(target) = value; }
 EDGERUN_INLINE Doubles load_doubles(const double* source) { return *reinterpret_cast<const Doubles*>(source); }
-EDGERUN_INLINE Doubles widen_half(const float* source) {  // as many floats as there are doubles in a vector
-  typedef float Half __attribute__((vector_size(kPairs * 4), aligned(4), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Half*>(source), Doubles);
+EDGERUN_INLINE Doubles load_as_doubles(const float* source) {  // as many floats as there are doubles in a vector
+  typedef float Floats __attribute__((vector_size(kPairs * 4), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Floats*>(source), Doubles);
 }
 EDGERUN_INLINE void store_doubles(double* target, Doubles value) { *reinterpret_cast<Doubles*>(target) = value; }
 // x - 0 is x, sign of zero included, so that no subtraction is left.
 EDGERUN_INLINE Vector splat(float value) { return value - Vector{}; }
+// A NaN in `a` gives b, one in `b` stays.
 EDGERUN_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 EDGERUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -66,8 +67,8 @@ EDGERUN_INLINE Vector weight(Vector x) {
   return x < -100.0f ? Vector{} : value;
 }
 
-// log2 of finite x >= 1, error below 2e-7 of the larger of 1 and the result, exactly 0 for 1; NaN stays NaN. With x = 2^n m, m in
-// [sqrt 1/2, sqrt 2), and s = (m - 1) / (m + 1): log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172.
+// log2 of finite x >= 1, error below 2e-7 of the larger of 1 and the result, exactly 0 for 1; NaN stays NaN. With x =
+// 2^n m, m in [sqrt 1/2, sqrt 2), and s = (m - 1) / (m + 1): log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172.
 EDGERUN_INLINE Vector log2_vector(Vector x) {
   const Integers exponent = ((Integers)x - 0x3f3504f3) >> 23;
   const Vector m = (Vector)((Integers)x - (exponent << 23));

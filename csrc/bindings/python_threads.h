@@ -1,5 +1,5 @@
-// Threads for ops that Python calls directly: ExecuTorch's pool when it has as many as are asked for, as it has unless a
-// test or a benchmark wants another number; else threads that are started for the call and gone after it.
+// Threads for ops that Python calls directly: ExecuTorch's pool when it has as many as are asked for, as it has unless
+// a test or a benchmark wants another number; else threads that are started for the call and gone after it.
 #pragma once
 
 #include <algorithm>

@@ -205,17 +205,23 @@ def prepare_call(
 ) -> Callable[[], object]:
     """`attend` with its arguments checked and prepared: what the function that it returns takes is the kernel's time.
 
-    out [1, S, Hq, D] receives the result; all tensors are contiguous and outlive the function. Raises EdgerunError for
-    what does not fit; the function raises ValueError for what the kernel refuses.
+    out [1, S, Hq, D] receives the result; all tensors are contiguous, and the function keeps them. Raises EdgerunError
+    for what does not fit; the function raises ValueError for what the kernel refuses.
     """
     tensors = (query, key, value, out, state.key_cache, state.value_cache, state.summaries, state.boundaries)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise EdgerunError("a prepared call takes contiguous tensors")
+    if tuple(out.shape) != _result_shape(query) or out.dtype != query.dtype:
+        raise EdgerunError(f"out is {list(out.shape)} {out.dtype}; expected {list(_result_shape(query))} {query.dtype}")
     check_shapes(query, key, value, state, options)
     check_position(query.shape[2], key.shape[2], value.shape[2], input_pos, state.capacity_tokens)
     arguments = _native_arguments(query, key, value, out, state, input_pos, options, threads)
     call = _native().dhsa_attention
-    return lambda: call(*arguments)  # type: ignore[arg-type, call-arg]
+
+    def run(_kept: tuple[torch.Tensor, ...] = tensors) -> object:
+        return call(*arguments)  # type: ignore[arg-type, call-arg]
+
+    return run
 
 
 def native_lists(

@@ -331,6 +331,12 @@ void test_outputs() {
     for (const int64_t depth : {8, 40, 128}) {
       expect_output(with(shape(4, 2, depth, 24), dtypes), 17, 150, "dtypes");
       expect_output(with(shape(4, 2, depth, 24), dtypes), 150, 1, "dtypes, decode");
+      params = with(shape(4, 2, depth, 24), dtypes);
+      params.window = 33;
+      params.softcap = 0.7f;
+      expect_output(params, 50, 190, "dtypes, window, softcap");
+      params.tile = 300;
+      expect_output(params, 0, 333, "dtypes, window, tile larger than a task");
     }
   }
   for (const int64_t tile : {1, 24, 64}) {
@@ -395,11 +401,18 @@ void test_state_is_the_same_for_every_partition() {
 }
 
 void test_cuts_at_tiles_change_no_bit() {
-  for (const int64_t tile : {1, 32}) {
-    Layer whole(sparse(tile), 320), parts(sparse(tile), 320);
-    whole.call(0, 320);
-    for (const int64_t first : {0, 32, 160, 288}) parts.call(first, first == 0 ? 32 : first == 288 ? 32 : 128);
-    CHECK(whole.out == parts.out, "tile %lld", (long long)tile);
+  for (const Dtypes& dtypes : kDtypes) {
+    for (const Pooling pooling : {Pooling::kMean, Pooling::kMoments}) {
+      for (const int64_t tile : {1, 32}) {
+        Params params = with(sparse(tile), dtypes);
+        params.pooling = pooling;
+        params.refine = 5;
+        Layer whole(params, 320), parts(params, 320);
+        whole.call(0, 320);
+        for (const int64_t first : {0, 32, 160, 288}) parts.call(first, first == 0 ? 32 : first == 288 ? 32 : 128);
+        CHECK(whole.out == parts.out, "tile %lld", (long long)tile);
+      }
+    }
   }
 }
 
@@ -414,28 +427,31 @@ void test_threads_change_no_bit() {
 }
 
 void test_budget_of_everything_is_dense_bit_for_bit() {
-  Params params = sparse(64);
-  params.budget = 512;
-  Layer large(params, 333);
-  params.budget = 0;
-  Layer dense(params, 333);
-  large.call(0, 333);
-  dense.call(0, 333);
-  CHECK(large.out == dense.out, "budget 512 over 333 tokens");
+  for (const Dtypes& dtypes : kDtypes) {
+    Params params = with(sparse(64), dtypes);
+    params.budget = 512;
+    Layer large(params, 333);
+    params.budget = 0;
+    Layer dense(params, 333);
+    large.call(0, 333);
+    dense.call(0, 333);
+    CHECK(large.out == dense.out, "budget 512 over 333 tokens");
+  }
 }
 
 void test_grouped_heads_equal_repeated_heads() {
-  const Params params = shape(4, 2, 32, 8);
-  Layer grouped(params, 100), repeated(shape(4, 4, 32, 8), 100);
-  repeated.query = grouped.query;
-  for (int64_t i = 0; i < 100 * 4 * 32; ++i) {
-    const int64_t from = (i / 128 * 2 + i / 32 % 4 / 2) * 32 + i % 32;
-    repeated.key[size_t(i)] = grouped.key[size_t(from)];
-    repeated.value[size_t(i)] = grouped.value[size_t(from)];
+  for (const Dtypes& dtypes : kDtypes) {
+    Layer grouped(with(shape(4, 2, 32, 8), dtypes), 100), repeated(with(shape(4, 4, 32, 8), dtypes), 100);
+    repeated.query = grouped.query;
+    for (int64_t i = 0; i < 100 * 4 * 32; ++i) {
+      const int64_t from = (i / 128 * 2 + i / 32 % 4 / 2) * 32 + i % 32;
+      repeated.key[size_t(i)] = grouped.key[size_t(from)];
+      repeated.value[size_t(i)] = grouped.value[size_t(from)];
+    }
+    grouped.call(0, 100);
+    repeated.call(0, 100);
+    CHECK(grouped.out == repeated.out, "4 heads on 2");
   }
-  grouped.call(0, 100);
-  repeated.call(0, 100);
-  CHECK(grouped.out == repeated.out, "4 heads on 2");
 }
 
 void test_nan_stays_where_it_is() {
@@ -445,27 +461,63 @@ void test_nan_stays_where_it_is() {
   for (int64_t t = 0; t < 40; ++t) CHECK(std::isnan(layer.output(t * 16)) == (t >= 10), "row %lld", (long long)t);
 }
 
-// What lies behind the causal frontier, in the same micro-block or beyond the tokens in use, reaches no row before it.
+// A key behind the causal frontier reaches no row before it, not even in its own micro-block. A value reaches none before
+// its micro-block (in it, 0 times what is not finite is NaN), and where it is stale, none at all.
 void test_nothing_leaks_from_behind_the_frontier() {
-  for (const float poison : {NAN, INFINITY, -INFINITY}) {
-    for (const int64_t budget : {0, 176}) {
-      Params params = sparse(64);
-      params.budget = budget;
-      Layer clean(params, 300), poisoned(params, 300);
-      for (int64_t i = 0; i < 2 * 16; ++i) {
-        poisoned.key[size_t(259 * 32 + i)] = poisoned.value[size_t(259 * 32 + i)] = poison;
+  for (const Dtypes& dtypes : kDtypes) {
+    for (const float poison : {NAN, INFINITY, -INFINITY}) {
+      for (const int64_t budget : {0, 176}) {
+        for (const bool of_value : {false, true}) {
+          Params params = with(sparse(64), dtypes);
+          params.budget = budget;
+          Layer clean(params, 300), poisoned(params, 300);
+          for (int64_t i = 0; i < 2 * 16; ++i) {
+            (of_value ? poisoned.value : poisoned.key)[size_t(259 * 32 + i)] = poison;
+          }
+          clean.call(0, 300);
+          poisoned.call(0, 300);
+          const int64_t rows = of_value || budget > 0 ? 256 : 259;  // a list may change from its tile on
+          const int64_t bytes = rows * 4 * 16 * int64_t(clean.bytes());
+          CHECK(std::equal(clean.out.begin(), clean.out.begin() + bytes, poisoned.out.begin()), "budget %lld, %s",
+                (long long)budget, of_value ? "value" : "key");
+          poisoned.value = clean.value;
+          poisoned.key = clean.key;
+          poisoned.call(256, 44);
+          CHECK(clean.out == poisoned.out, "rewound over it, budget %lld", (long long)budget);
+        }
       }
-      clean.call(0, 300);
-      poisoned.call(0, 300);
-      poisoned.call(0, 260);                           // what it leaves behind token 260 is stale, and is not read
-      const size_t before = size_t(256 * 4 * 16) * 4;  // up to the tile of token 259, which selects by a later query
-      CHECK(std::equal(clean.out.begin(), clean.out.begin() + int64_t(before), poisoned.out.begin()), "budget %lld",
-            (long long)budget);
-      poisoned.value = clean.value;
-      poisoned.key = clean.key;
-      poisoned.call(256, 44);
-      CHECK(clean.out == poisoned.out, "rewound over it, budget %lld", (long long)budget);
     }
+  }
+}
+
+// Flags of another text, with no cut where every text has one, may choose badly but reach nothing out of bounds.
+void test_stale_flags_are_survived() {
+  Params params = sparse(64);
+  params.capacity_blocks = 128;
+  params.finds_boundaries = false;
+  Layer layer(params, 2000);
+  std::fill(layer.boundaries.begin(), layer.boundaries.end(), uint8_t{0});
+  for (int64_t first = 0; first < 2000; first += 500) layer.call(first, 500, edgerun::serial(), true);
+  Counters counted;
+  CHECK(layer.error(&counted) < kFloatTolerance, "sparse over stale flags");
+  for (const auto& list : layer.lists) CHECK(int64_t(list.size()) <= params.budget / 16 + 1, "%zu", list.size());
+}
+
+// Scores that are all equal, or all of a query that is not finite: the lower ids first, of the last chunk its head.
+void test_ties_go_to_the_lower_id() {
+  for (const float fill : {0.0f, NAN}) {
+    Params params = sparse(64);
+    params.pooling = Pooling::kMoments;
+    params.chunking = Chunking::kFixed;
+    Layer layer(params, 512);
+    std::fill(layer.query.begin(), layer.query.end(), fill);
+    layer.call(0, 512, edgerun::serial(), true);
+    // The last tile: the sink, then (188 - 16 - 76 or so) / 16 micro-blocks of the earliest chunks, then what is local.
+    const auto& list = layer.lists[size_t(group_count(layer.params) - 1)];
+    size_t head = 0;
+    while (head < list.size() && list[head] == head) ++head;
+    CHECK(head >= 2, "%zu", head);
+    for (size_t i = head; i + 1 < list.size(); ++i) CHECK(list[i + 1] == list[i] + 1, "one run at the end");
   }
 }
 
@@ -564,6 +616,49 @@ void test_selection_kernels() {
           const float others = variant.largest_share(scores.data(), stride, 1, masses.data(), pooled);
           CHECK(pooled == 1 ? others == -INFINITY : std::isfinite(others), "a NaN is passed over: %g", others);
         }
+      }
+    }
+  }
+}
+
+// What a second ranking and a boundary read of the keys, against plain loops, from every cache and at odd sizes.
+void test_kernels_that_read_channels() {
+  for (const Dtypes& dtypes : kDtypes) {
+    for (const int64_t depth : {7, 20, 40}) {
+      Layer layer(with(shape(1, 1, depth, 4), dtypes), 48);
+      layer.call(0, 48);
+      const char* keys = layer.key_cache.data();
+      const std::vector<int32_t> channels = {0, 2, int32_t(depth) - 1};
+      std::vector<float> weights, masses(6);
+      for (int i = 0; i < 18; ++i) weights.push_back(2.0f * std::sin(float(i)));
+      kernels().channel_masses(weights.data(), 6, channels.data(), 3, keys + layer.key_bytes(), depth, dtypes.cache,
+                               masses.data());
+      for (int q = 0; q < 6; ++q) {
+        double sum = 0;
+        for (int64_t i = 16; i < 32; ++i) {
+          double logit = 0;
+          for (int c = 0; c < 3; ++c)
+            logit += double(weights[size_t(3 * q + c)]) * layer.stored(true, 0, i, channels[c]);
+          sum += std::exp2(logit);
+        }
+        CHECK(std::abs(masses[size_t(q)] - std::log2(sum)) < 2e-6, "mass %g, not %g", masses[size_t(q)],
+              std::log2(sum));
+      }
+      double dots[kGapSums] = {}, squares[kGapSums] = {};
+      kernels().gap_sums(keys, keys + layer.key_bytes(), depth, dtypes.cache, dots, squares);
+      const auto window = [&](int64_t i, int64_t d) {
+        double total = 0;
+        for (int64_t j = 4 + i; j < 8 + i; ++j) total += layer.stored(true, 0, j, d);
+        return total;
+      };
+      for (int64_t i = 0; i < 21; ++i) {
+        double dot = 0, square = 0;
+        for (int64_t d = 0; d < depth; ++d) {
+          square += window(i, d) * window(i, d);
+          if (i < 17) dot += window(i, d) * window(i + 4, d);
+        }
+        CHECK(std::abs(squares[i] - square) < 1e-9 && (i >= 17 || std::abs(dots[i] - dot) < 1e-9), "gap %lld",
+              (long long)i);
       }
     }
   }
@@ -696,6 +791,9 @@ int main(int count, char** arguments) {
     test_large_scores_do_not_overflow();
     test_subnormals();
     test_selection_kernels();
+    test_kernels_that_read_channels();
+    test_stale_flags_are_survived();
+    test_ties_go_to_the_lower_id();
     std::printf("%s: %d failures so far\n", kernels().name, failures);
   }
   return failures == 0 ? 0 : 1;

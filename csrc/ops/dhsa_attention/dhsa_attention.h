@@ -23,8 +23,9 @@
 //
 // Cache: floats, halves, or 8-bit integers with a scale for each token, of values and of every 32 channels of keys:
 //   x ~ q * s, s = half(max |x| / 127), q = round(x / s) to even, at most 127 in magnitude. The scale belongs to one
-//   token, so a token is quantised when it arrives, whatever comes after it, and no open micro-block is kept aside. q * s
-//   is exact in float. Where a key or value is not finite its s is NaN. A micro-block is the integers, then the scales.
+//   token, so a token is quantised when it arrives, whatever comes after it, and no open micro-block is kept aside. q *
+//   s is exact in float. Where a key or value is not finite its s is NaN. A micro-block is the integers, then the
+//   scales. Variants with integer products round queries and weights to 16 bits beside it: 1.5e-5 of the largest.
 //
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
 //   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
@@ -66,10 +67,10 @@
 //                  of its rows.
 //   No scale but in kMoments: it does not change the order of the others.
 //
-// Laws (tests/ops/test_dhsa_attention.py): after n tokens cache, summaries and boundaries are bit-identical for every
-//   partition of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and outputs (where
-//   dense_tail is 0: that rule looks at the size of the call); nothing depends on threads; a list that is
-//   the dense list gives the dense output bit for bit.
+// Laws (tests/ops/test_dhsa_attention.py), for finite values: after n tokens cache, summaries and boundaries are
+//   bit-identical for every partition of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and
+//   outputs (where dense_tail is 0: that rule looks at the size of the call); nothing depends on threads; a list that
+//   is the dense list gives the dense output bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -116,7 +117,7 @@ struct Params {
   int64_t head_dim = 0;         // D
   int64_t capacity_blocks = 0;  // M: micro-blocks in the cache; input_pos + tokens <= 16 M
   int64_t input_pos = 0;        // tokens already stored; anything stored at or after it is dropped
-  Dtype dtype = Dtype::kFloat;  // of query, key, value and out: kFloat or kHalf; arithmetic is float
+  Dtype dtype = Dtype::kFloat;  // of query, key, value and out: kFloat or kHalf; arithmetic is float (but see Cache)
   Dtype cache_dtype = Dtype::kFloat;
   float scale = 1.0f;
   float softcap = 0.0f;  // 0: none
@@ -166,18 +167,16 @@ int64_t group_count(const Params& params);
 // nullptr when the call can be served, else a static text that names what is wrong. The kernel assumes it was asked.
 const char* check(const Params& params, const Tensors& tensors);
 
-// Bytes of scratch that `run` needs with this many workers. Per worker: a list, bounded by the budget, and the larger of
-// what attention needs, bounded by the rows of a tile, and what selection needs, 12 bytes and 4 for every pooled query
-// per micro-block in use.
+// Bytes of scratch that `run` needs with this many workers. Per worker: a list, bounded by the budget, and the larger
+// of what attention needs, bounded by the rows of a tile, and what selection needs: per micro-block in use 12 bytes,
+// and 4 for every pooled query in whole vectors. So it grows with the text only where selection needs more than
+// attention.
 size_t scratch_bytes(const Params& params, int64_t workers);
 
 // The op: append, boundaries, summaries, select, attend. `scratch` is aligned to 64 bytes. Fills *counters if not null.
 void run(const Params& params, const Tensors& tensors, void* scratch, const Parallel& parallel, Counters* counters);
 
-// Its stages, callable alone so that each can be tested and timed. `attend` takes lists from anywhere.
-void append(const Params& params, const Tensors& tensors);
-void find_boundaries(const Params& params, const Tensors& tensors);
-void summarize(const Params& params, const Tensors& tensors);
+// Two of its stages alone, for tests and timing, on a state that holds the call's tokens. `attend` takes any lists.
 void select(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel);
 void attend(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel,
             Counters* counters);

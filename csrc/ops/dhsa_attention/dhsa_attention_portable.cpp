@@ -1,5 +1,6 @@
-// dhsa_attention: checks a call, then runs its stages over tasks of one KV head and up to 256 query rows each. The
-// stages are in state_portable.cpp and select_portable.cpp, the arithmetic in kernels_impl.h.
+// dhsa_attention: checks a call, then runs its stages. A task is one KV head and one group of rows: it selects, then
+// attends, at most 256 query rows at a time. The stages are in state_portable.cpp and select_portable.cpp, the
+// arithmetic in kernels_impl.h.
 #include <algorithm>
 #include <cmath>
 
@@ -205,23 +206,6 @@ const char* check(const Params& params, const Tensors& tensors) {
 
 size_t scratch_bytes(const Params& params, int64_t workers) {
   return static_cast<size_t>(workers * worker_bytes(params));
-}
-
-void append(const Params& params, const Tensors& tensors) {
-  for (int64_t head = 0; head < params.kv_heads; ++head) append_blocks(params, tensors, head, touched_blocks(params));
-}
-
-void summarize(const Params& params, const Tensors& tensors) {
-  if (!keeps_summaries(params, tensors)) return;
-  for (int64_t head = 0; head < params.kv_heads; ++head) {
-    summarize_blocks(params, tensors, head, touched_blocks(params));
-  }
-}
-
-void find_boundaries(const Params& params, const Tensors& tensors) {
-  if (!params.finds_boundaries) return;
-  clear_edges(params, tensors);
-  decide_edges(params, tensors, decided_edges(params));
 }
 
 void select(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel) {

@@ -44,8 +44,8 @@ struct Kernels {
   int64_t lanes;          // floats in a vector
   bool integer_products;  // over 8-bit caches: queries and weights are rounded to 16 bits
   void (*attend)(const AttendTask& task);
-  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width]; with `bounds` the rows are
-  // [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
+  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width]; with `bounds` the rows
+  // are [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
   void (*score)(const float* queries, int64_t pooled, const float* rows, int64_t count, int64_t width, bool bounds,
                 float* scores, int64_t stride);
   // masses[q] = log2 sum_r 2^scores[r * stride + q] over `count` rows, for every column.
@@ -53,7 +53,8 @@ struct Kernels {
   // The largest over q < pooled of log2 sum_r 2^scores[r * stride + q] - masses[q]; a NaN is passed over.
   float (*largest_share)(const float* scores, int64_t stride, int64_t count, const float* masses, int64_t pooled);
   void (*widen)(const uint16_t* halves, float* floats, int64_t count);
-  // masses[q] = log2 of sum_i 2^(sum_c weights[q][c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D, 16].
+  // masses[q] = log2 of sum_i 2^(sum_c weights[q][c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D,
+  // 16].
   void (*channel_masses)(const float* weights, int64_t queries, const int32_t* channels, int64_t count,
                          const void* key_block, int64_t head_dim, Dtype cache_dtype, float* masses);
   // Adds to kGapSums dots and squares what two micro-blocks of keys around an edge give to boundary scores.
@@ -66,7 +67,8 @@ static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 // Rows of the largest task, and the scratch of one worker: queries, outputs, one step of scores, row sums and maxima;
-// of a narrower cache also one step of keys and values widened, or, with integer products, what kernels_int8_neon.h keeps.
+// of a narrower cache also one step of keys and values widened, or, with integer products, what kernels_int8_neon.h
+// keeps.
 inline constexpr int64_t task_tokens(int64_t group) { return group >= kTaskRows ? 1 : kTaskRows / group; }
 inline constexpr int64_t int8_scratch_floats(int64_t rows, int64_t head_dim) {
   const int64_t width = round_up(head_dim, kMicroBlock);

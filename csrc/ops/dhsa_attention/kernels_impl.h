@@ -164,6 +164,11 @@ EDGERUN_INLINE int64_t visible_blocks(const Step& step, int64_t position) {
   return count;
 }
 
+// Rows [first, first + count) see this many of the step's micro-blocks between them.
+EDGERUN_INLINE int64_t seen_blocks(const AttendTask& task, const Step& step, int64_t first, int64_t count) {
+  return step.masked ? visible_blocks(step, position_of(task, first + count - 1)) : step.count;
+}
+
 void load_queries(const AttendTask& task, const Scratch& scratch) {
   const float factor = task.softcap > 0.0f ? task.scale / task.softcap : task.scale * 1.44269504f;
   const int64_t depth = task.head_dim;
@@ -221,8 +226,7 @@ void score_step(const AttendTask& task, const Scratch& scratch, const Step& step
       for (int i = 0; i < kWide; ++i) k[i] = b + i < step.count ? step.k[b + i] + d * kMicroBlock : nullptr;
       for (int64_t row = 0; row < rows; row += kRows) {
         const int64_t group = smaller(kRows, rows - row);
-        const int64_t blocks =
-            step.masked ? visible_blocks(step, position_of(task, row + group - 1)) - b : step.count - b;
+        const int64_t blocks = seen_blocks(task, step, row, group) - b;
         const float* q = scratch.q + row * depth + d;
         float* s = scratch.s + row * kStepKeys + b * kMicroBlock;
         if (blocks >= kWide) {
@@ -301,7 +305,7 @@ void weigh_panels(const AttendTask& task, const Scratch& scratch, const Step& st
   for (; *column + kV * kLanes <= depth; *column += kV * kLanes) {
     for (int64_t row = 0; row < rows; row += kRows) {
       const int64_t group = smaller(kRows, rows - row);
-      const int64_t blocks = step.masked ? visible_blocks(step, position_of(task, row + group - 1)) : step.count;
+      const int64_t blocks = seen_blocks(task, step, row, group);
       weigh_group<kV>(group, scratch.s + row * kStepKeys, step.v, blocks, depth, *column,
                       scratch.o + row * scratch.width + *column, scratch.width);
     }
@@ -315,7 +319,7 @@ void weigh_step(const AttendTask& task, const Scratch& scratch, const Step& step
   weigh_panels<kPerBlock>(task, scratch, step, rows, &column);
   if (column == depth) return;
   for (int64_t row = 0; row < rows; ++row) {  // the last D % 16 dimensions
-    const int64_t blocks = step.masked ? visible_blocks(step, position_of(task, row)) : step.count;
+    const int64_t blocks = seen_blocks(task, step, row, 1);
     const float* p = scratch.s + row * kStepKeys;
     float* o = scratch.o + row * scratch.width;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -345,11 +349,6 @@ void store_rows(const AttendTask& task, const Scratch& scratch) {
       }
     }
   }
-}
-
-// Rows [first, first + count) see this many of the step's micro-blocks between them.
-EDGERUN_INLINE int64_t seen_blocks(const AttendTask& task, const Step& step, int64_t first, int64_t count) {
-  return step.masked ? visible_blocks(step, position_of(task, first + count - 1)) : step.count;
 }
 
 // One step of the online softmax in float.

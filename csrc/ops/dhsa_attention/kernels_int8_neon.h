@@ -1,9 +1,10 @@
 // Attention over an 8-bit cache by integer products, for arm64 with dot products (EDGERUN_DEEP 4) or 8-bit matrix
 // products (EDGERUN_DEEP 8). Part of kernels_impl.h: the online softmax between the two products is the same.
 //
-// A query, and a step's weights, are written in two digits of 8 bits, x ~ scale (256 high + low), scale = max |x| / 32512:
-// of a query's channels that share a key's scale, and of a row's 128 weights, each times the scale of its value. So a
-// product is integer throughout, exact in 32 bits, and x is off by at most max |x| / 65024: 1.5e-5 of the largest.
+// A query, and a step's weights, are written in two digits of 8 bits, x ~ scale (256 high + low), with scale =
+// max |x| / 32512: of a query's channels that share a key's scale, and of a row's 128 weights, each times the scale of
+// its value. So a product is integer throughout, exact in 32 bits, and x is off by at most max |x| / 65024: 1.5e-5 of
+// the largest.
 //
 //   S[r][i] = sum_g qscale[r][g] kscale[g][i] sum_{d in g} (256 high + low)[r][d] K[d][i]
 //   O[r][c] += wscale[r] sum_j (256 high + low)[r][j] V[j][c]
@@ -27,7 +28,7 @@ namespace {
 
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kTileBytes = kTileRows * kMicroBlock;
-constexpr int kDigitRows = 3;  // query rows in registers: 3 x 8 sums, 8 vectors of a tile at a time, 3 of digits
+constexpr int kDigitRows = 3;  // query rows in registers: 3 x 8 sums, 3 vectors of digits, and one or two of a tile
 constexpr float kDigitSpan = 127.0f * 256.0f;
 
 // What one task keeps besides the float scratch.
@@ -79,12 +80,12 @@ float write_digits(const float* values, int64_t count, int8_t* digits) {
   const float largest = vmaxvq_f32(most);
   const bool finite = vaddvq_f32(total) == 0.0f;
   const float inverse = finite && largest > 0.0f ? kDigitSpan / largest : 0.0f;
-  const bool subnormal = inverse > 3e38f;  // nothing that a float can scale: as good as zero beside other scores
+  const bool negligible = inverse > 3e38f;  // values too small for a float's scale count as zero
   for (int64_t i = 0; i < count; i += kTileRows) {
     int16x4_t low_half[2];
     int16x4_t high_half[2];
     for (int h = 0; h < 2; ++h) {
-      const float32x4_t x = vmulq_n_f32(vld1q_f32(values + i + 4 * h), subnormal ? 0.0f : inverse);
+      const float32x4_t x = vmulq_n_f32(vld1q_f32(values + i + 4 * h), negligible ? 0.0f : inverse);
       const int32x4_t integer = vcvtnq_s32_f32(x);
       const int32x4_t high = vshrq_n_s32(vaddq_s32(integer, vdupq_n_s32(128)), 8);
       high_half[h] = vmovn_s32(high);
@@ -93,7 +94,7 @@ float write_digits(const float* values, int64_t count, int8_t* digits) {
     vst1_s8(digits + 2 * i, vmovn_s16(vcombine_s16(high_half[0], high_half[1])));
     vst1_s8(digits + 2 * i + kTileRows, vmovn_s16(vcombine_s16(low_half[0], low_half[1])));
   }
-  return finite ? (subnormal ? 0.0f : largest / kDigitSpan) : __builtin_nanf("");
+  return finite ? (negligible ? 0.0f : largest / kDigitSpan) : __builtin_nanf("");
 }
 
 // 8 rows of 16 bytes, `stride` apart, as a tile: with matrix products the 8 rows of each column side by side, with dot

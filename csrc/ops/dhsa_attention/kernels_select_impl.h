@@ -1,5 +1,6 @@
 // The inner kernels of selection: summaries against pooled queries, and what the moments of a chunk are worth. Part of
-// kernels_impl.h, which says how a variant is compiled. Scores lie as [micro-blocks, stride], one query after the other.
+// kernels_impl.h, which says how a variant is compiled. Scores lie as [micro-blocks, stride], one query after the
+// other.
 #pragma once
 
 #include "csrc/base/vector.h"
@@ -130,8 +131,8 @@ void gap_sums(const void* before, const void* after, int64_t depth, Dtype cache_
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kGapSums; i += kPairs) {
         const float* at = keys[c] + kFirst + i;
-        store_doubles(windows[c] + i,
-                      (widen_half(at) + widen_half(at + 1)) + (widen_half(at + 2) + widen_half(at + 3)));
+        store_doubles(windows[c] + i, (load_as_doubles(at) + load_as_doubles(at + 1)) +
+                                          (load_as_doubles(at + 2) + load_as_doubles(at + 3)));
       }
     }
     for (int64_t c = 0; c < channels; ++c) {

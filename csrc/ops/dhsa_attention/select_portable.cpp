@@ -17,6 +17,11 @@ bool attends_densely(const Params& params, const Group& group) {
 
 int64_t group_size(const Params& params) { return params.query_heads / params.kv_heads; }
 
+// Whether a chunk starts at this micro-block. Every 64 tokens one does, whatever the flags say: lists rest on it.
+bool starts_chunk(const Tensors& tensors, int64_t block) {
+  return block % (kMaxChunk / kMicroBlock) == 0 || tensors.boundaries[block] != 0;
+}
+
 // Columns of scores: one for every pooled query, in whole vectors.
 int64_t score_stride(int64_t pooled) { return round_up(pooled, kernels().lanes); }
 
@@ -26,7 +31,7 @@ constexpr float kLog2[kMaxChunk / kMicroBlock + 1] = {0.0f, 0.0f, 1.0f, 1.584962
 int64_t most_pooled(const Params& params) {
   if (params.query_pooling == QueryPooling::kQueryMean) return 1;
   const int64_t rows = std::min(params.tile, params.tokens);
-  return group_size(params) * (blocks_for(rows) + 1);  // rows that begin inside a segment touch one more
+  return group_size(params) * ((rows + kMicroBlock - 2) / kMicroBlock + 1);  // rows may begin inside a segment
 }
 
 // Adds `rows` query rows to sum, in order.
@@ -209,8 +214,8 @@ int64_t count_at_least(const Ranking& ranking, int32_t least) {
 }
 
 // Writes the best candidates' micro-blocks, `room` of them, ascending: whole candidates in the order (score descending,
-// id ascending), and of the first that does not fit its leading micro-blocks. The key at which the room is full is found
-// by bisection, so nothing is sorted.
+// id ascending), and of the first that does not fit its leading micro-blocks. The key at which the room is full is
+// found by bisection, so nothing is sorted.
 int64_t take_best(const Ranking& ranking, int64_t room, uint16_t* ids) {
   if (room == 0) return 0;
   int64_t low = *std::min_element(ranking.keys, ranking.keys + ranking.size);  // at least `room` are not below it
@@ -256,7 +261,9 @@ void score_origins(const Params& params, const Scorer& scorer, int64_t blocks, c
   }
   std::fill_n(origins, scorer.stride(), 0.0f);
   if (params.pooling != Pooling::kCentred) return;
-  for (int64_t i = 0; i < blocks * scorer.stride(); ++i) origins[i % scorer.stride()] += scores[i];
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t q = 0; q < scorer.stride(); ++q) origins[q] += scores[block * scorer.stride() + q];
+  }
   for (int64_t q = 0; q < scorer.stride(); ++q) origins[q] /= static_cast<float>(blocks);
 }
 
@@ -267,7 +274,7 @@ void rank_chunks(const Params& params, const Tensors& tensors, const Scorer& sco
   const auto largest_share = kernels().largest_share;
   for (int64_t first = 0; first < blocks;) {
     int64_t end = first + 1;
-    while (end < blocks && tensors.boundaries[end] == 0) ++end;
+    while (end < blocks && !starts_chunk(tensors, end)) ++end;
     const int64_t start = std::max(first, sink_blocks);
     first = end;
     if (end <= sink_blocks) continue;
@@ -364,16 +371,11 @@ int32_t append_range(uint16_t* ids, int64_t count, int64_t first, int64_t end) {
 // Start of what a group always attends, in micro-blocks: the last cut that was decided before the group began.
 int64_t local_start(const Tensors& tensors, int64_t start) {
   int64_t block = start < kBoundaryReach ? 0 : (start - kBoundaryReach) / kMicroBlock;
-  while (block > 0 && tensors.boundaries[block] == 0) --block;
+  while (!starts_chunk(tensors, block)) --block;
   return block;
 }
 
 }  // namespace
-
-bool scores_chunks(const Params& params) {
-  if (params.window > 0 || params.selector != Selector::kChunk) return false;
-  return !attends_densely(params, Group{0, params.tokens, params.input_pos, params.input_pos + params.tokens});
-}
 
 int64_t select_scratch_floats(const Params& params) {
   if (params.budget == 0 || params.window > 0 || params.selector != Selector::kChunk) return 0;
@@ -423,10 +425,10 @@ List select_group(const Params& params, const Tensors& tensors, int64_t head, co
   score_origins(params, scorer, local, scores, origins);
   rank_chunks(params, tensors, scorer, local, sink, scores, origins, &ranking);
 
-  const bool again = params.refine > 0 && params.pooling == Pooling::kMoments && group.rows == 1;
+  const bool again = params.refine > 0 && params.pooling == Pooling::kMoments && group.rows == 1 && extra > 0;
   const int64_t room = again ? std::min(local - sink, std::max(kRefineFactor * extra, kRefineLeast)) : extra;
   take_best(ranking, room, ids + sink);
-  if (again && room > extra) {
+  if (again) {
     Refinement refinement = refinement_at(params, rows + Scorer::scratch_floats(params));
     take_largest_channels(params, pooled, queries, &refinement);
     rank_again(params, tensors, head, scorer, refinement, origins, ids + sink, room, scores, &ranking);

@@ -27,8 +27,8 @@ Group group_at(const Params& params, int64_t index);
 
 bool keeps_summaries(const Params& params, const Tensors& tensors);
 
-// Micro-blocks that the call writes, [first, end), and the stages of some of them. Summaries of incomplete ones are left
-// out, and of boundaries (but for the first) those that are not decidable yet.
+// Micro-blocks that the call writes, [first, end), and the stages of some of them. Summaries of incomplete ones are
+// left out, and of boundaries (but for the first) those that are not decidable yet.
 struct BlockRange {
   int64_t first;
   int64_t end;
@@ -41,9 +41,6 @@ void summarize_blocks(const Params& params, const Tensors& tensors, int64_t head
 BlockRange decided_edges(const Params& params);
 void clear_edges(const Params& params, const Tensors& tensors);
 void decide_edges(const Params& params, const Tensors& tensors, BlockRange edges);
-
-// Whether some group of the call scores chunks, rather than taking a range; `select` is then worth threads.
-bool scores_chunks(const Params& params);
 
 // Floats that selection needs per worker.
 int64_t select_scratch_floats(const Params& params);
