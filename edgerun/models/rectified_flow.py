@@ -1,0 +1,105 @@
+"""Rectified flow as Open-Sora v1.2 samples it: times, guidance, and Euler steps from noise to data.
+
+The model gives the velocity v = data - noise at x(t) = (1 - t) data + t noise. Times run from 1 down; a step is
+x += v * (t_i - t_{i+1}), the last one to t = 0. Bigger videos spend more steps near the noise: evenly spaced u becomes
+
+    t = ratio u / (1 + (ratio - 1) u),   ratio = sqrt(height width / base^2) * sqrt(latent frames)
+
+How many evaluations are made, and what stands in for the others, is a `StepRule`'s business (linear_proportional_leap,
+step_caching): the loop asks it before every step.
+
+Source: Open-Sora v1.2.0, opensora/schedulers/rf; arXiv 2403.03206 section 3.1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # (x, t) → v of x's shape
+OFFICIAL_BASE = 512  # pixels
+
+
+def shift_ratio(pixels: tuple[int, int], frames: int, base: int = OFFICIAL_BASE) -> float:
+    """By how much times lean towards the noise. `frames` of video, 5 latents for every whole 17; one is an image."""
+    latents = 1 if frames == 1 else frames // 17 * 5
+    if latents < 1:
+        raise ValueError(f"{frames} frames: the schedule is defined for 1 frame, or at least 17")
+    return math.sqrt(pixels[0] * pixels[1]) / base * math.sqrt(latents)
+
+
+def shift_time(u: torch.Tensor, ratio: float) -> torch.Tensor:
+    """u in 0..1, of any shape → t in 0..1."""
+    return ratio * u / (1 + (ratio - 1) * u)
+
+
+def times(steps: int, ratio: float) -> list[float]:
+    """The `steps` times at which the velocity is evaluated, from 1 down; 0 is left out."""
+    if steps < 1:
+        raise ValueError(f"{steps} steps; give at least 1")
+    u = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    return [float(t) for t in shift_time(u, ratio)]
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance: the prompt's velocity, `scale` times as far from the null caption's."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+class StepRule(Protocol):
+    """What decides, step by step, where a velocity comes from. One rule serves one sample: it keeps its state."""
+
+    def predict(self, index: int, t: float, x: torch.Tensor) -> torch.Tensor | None:
+        """The velocity of step `index` without an evaluation, or None: evaluate."""
+
+    def observe(self, index: int, t: float, x: torch.Tensor, velocity: torch.Tensor) -> bool:
+        """Takes note of an evaluated velocity; True ends the run: the last velocity is followed to t = 0."""
+
+
+class EveryStep:
+    """Plain Euler."""
+
+    def predict(self, index: int, t: float, x: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+    def observe(self, index: int, t: float, x: torch.Tensor, velocity: torch.Tensor) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A finished run."""
+
+    latents: torch.Tensor  # at t = 0
+    evaluations: int  # how often the model was asked (NFE); guidance's two halves are one
+    evaluated: tuple[int, ...]  # the steps at which it was
+
+
+def sample(
+    velocity: Velocity,
+    noise: torch.Tensor,
+    schedule: Sequence[float],
+    rule: StepRule | None = None,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
+) -> Sampled:
+    """Follow the flow from `noise` at schedule[0] to 0. `on_step` hears of every step done and its x."""
+    rule = rule or EveryStep()
+    x, evaluated = noise, []
+    for index, t in enumerate(schedule):
+        following = schedule[index + 1] if index + 1 < len(schedule) else 0.0
+        v = rule.predict(index, t, x)
+        if v is None:
+            v = velocity(x, t)
+            evaluated.append(index)
+            if rule.observe(index, t, x, v):
+                following = 0.0
+        x = x + v * (t - following)
+        if on_step is not None:
+            on_step(index, x)
+        if following == 0.0:
+            break
+    return Sampled(x, len(evaluated), tuple(evaluated))
