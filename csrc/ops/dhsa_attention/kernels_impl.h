@@ -440,14 +440,17 @@ void some_channel_masses(const float* weights, const int32_t* channels, int64_t 
       for (int q = 0; q < kQ; ++q) logits[q][v] += weights[q * count + c] * key;
     }
   }
+  float highest[kQ];
+  Vector sums[kQ] = {};
+#pragma GCC unroll 4
   for (int q = 0; q < kQ; ++q) {
     Vector top = logits[q][0];
     for (int v = 1; v < kPerBlock; ++v) top = larger(logits[q][v], top);
-    const float highest = largest_lane(top);  // whatever it is, a NaN among the logits makes the sum one
-    Vector sums = {};
-    for (int v = 0; v < kPerBlock; ++v) sums += weight(logits[q][v] - highest);
-    masses[q] = highest + log2_vector(fold_vectors<1>(&sums))[0];
+    highest[q] = largest_lane(top);  // whatever it is, a NaN among the logits makes the sum one
+    for (int v = 0; v < kPerBlock; ++v) sums[q] += weight(logits[q][v] - highest[q]);
   }
+  const Vector totals = log2_vector(fold_vectors<kQ>(sums));
+  for (int q = 0; q < kQ; ++q) masses[q] = highest[q] + totals[q];
 }
 
 void channel_masses(const float* weights, int64_t queries, const int32_t* channels, int64_t count,
