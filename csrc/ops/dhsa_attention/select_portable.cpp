@@ -129,7 +129,9 @@ class Scorer {
   void score_first(int64_t count, float* scores) const {
     clear(count, scores);
     // A token finds its summaries cold. Rows scored side by side are read out of order, which hides from the CPU that
-    // they are one stream; so about a page of them is asked for, in order, before it is scored.
+    // they are one stream; so about a page of them is asked for, in order, before it is scored. One line of the pages
+    // after the next comes with it: finding where a page lies takes as long as reading some of it.
+    constexpr int64_t kAhead = 2 * kSmallPage;
     const bool cold = params_.tokens == 1;
     const bool floats = params_.cache_dtype == Dtype::kFloat;
     const int64_t page = std::clamp(kSmallPage / row_offset(1), kRowsAtOnce / 4, kRowsAtOnce);
@@ -137,7 +139,10 @@ class Scorer {
     for (int64_t first = 0; first < count; first += most) {
       const int64_t rows = std::min(most, count - first);
       const char* source = summaries_ + row_offset(first);
-      if (cold) prefetch(source, row_offset(rows));
+      if (cold) {
+        prefetch(source + kAhead, std::min(row_offset(rows), row_offset(count - first) - kAhead), kSmallPage);
+        prefetch(source, row_offset(rows));
+      }
       if (!floats) widen(first, rows, rows_);
       score(floats ? reinterpret_cast<const float*>(source) : rows_, rows, scores + first * stride_);
     }
