@@ -38,23 +38,11 @@ int64_t most_pooled(const Params& params) {
 // Adds `rows` query rows to sum, in order.
 void add_rows(const Params& params, const Tensors& tensors, int64_t query_head, int64_t first_row, int64_t rows,
               float* sum) {
-  constexpr int64_t kSide = 16;  // channels that are summed side by side
   const int64_t depth = params.head_dim;
   const int64_t offset = (query_head * params.tokens + first_row) * depth;
   const auto add = [&]<typename Element>(const Element* query) {
-    for (int64_t d = 0; d < depth; d += kSide) {
-      const int64_t channels = std::min(kSide, depth - d);
-      float total[kSide];
-      std::copy_n(sum + d, channels, total);
-      for (int64_t row = 0; row < rows; ++row) {
-        const Element* source = query + row * depth + d;
-        if (channels == kSide) {
-          for (int64_t c = 0; c < kSide; ++c) total[c] += to_float(source[c]);
-        } else {
-          for (int64_t c = 0; c < channels; ++c) total[c] += to_float(source[c]);
-        }
-      }
-      std::copy_n(total, channels, sum + d);
+    for (int64_t row = 0; row < rows; ++row, query += depth) {
+      for (int64_t d = 0; d < depth; ++d) sum[d] += to_float(query[d]);
     }
   };
   params.dtype == Dtype::kHalf ? add(static_cast<const uint16_t*>(tensors.query) + offset)
