@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "csrc/base/half.h"
+#include "csrc/base/prefetch.h"
 #include "csrc/base/vector.h"
 #include "csrc/ops/dhsa_attention/kernels.h"
 #include "csrc/ops/dhsa_attention/kernels_select_impl.h"
@@ -198,6 +199,15 @@ void load_step(const AttendTask& task, const Scratch& scratch, int64_t begin, St
     const char* value = static_cast<const char*>(task.value_blocks) + step.ids[b] * value_bytes;
     step.k[b] = reinterpret_cast<const float*>(key);
     step.v[b] = reinterpret_cast<const float*>(value);
+    if (task.tokens > 1) continue;
+    // A token finds its blocks cold, scattered over pages whose addresses the CPU looks up first: all at once here.
+    // The lines after a page's first are left to the CPU, which is better at them than requests are.
+    prefetch(key, key_bytes, kSmallPage);
+    prefetch(value, value_bytes, kSmallPage);
+  }
+  for (int64_t b = 0; b < step.count && task.cache_dtype != Dtype::kFloat; ++b) {
+    const char* key = reinterpret_cast<const char*>(step.k[b]);
+    const char* value = reinterpret_cast<const char*>(step.v[b]);
 #if defined(EDGERUN_DEEP)
     if (task.cache_dtype == Dtype::kInt8) {
       int8_load_block(reinterpret_cast<const int8_t*>(key), reinterpret_cast<const int8_t*>(value), depth, b,
@@ -205,12 +215,10 @@ void load_step(const AttendTask& task, const Scratch& scratch, int64_t begin, St
       continue;
     }
 #endif
-    if (task.cache_dtype != Dtype::kFloat) {
-      widen_keys(task.cache_dtype, key, depth, scratch.keys + b * block_floats);
-      widen_values(task.cache_dtype, value, depth, scratch.values + b * block_floats);
-      step.k[b] = scratch.keys + b * block_floats;
-      step.v[b] = scratch.values + b * block_floats;
-    }
+    widen_keys(task.cache_dtype, key, depth, scratch.keys + b * block_floats);
+    widen_values(task.cache_dtype, value, depth, scratch.values + b * block_floats);
+    step.k[b] = scratch.keys + b * block_floats;
+    step.v[b] = scratch.values + b * block_floats;
   }
   const int64_t last_position = task.first_position + task.tokens - 1;
   step.masked = step.ids[step.count - 1] * kMicroBlock + kMicroBlock - 1 > task.first_position ||
@@ -432,14 +440,17 @@ void some_channel_masses(const float* weights, const int32_t* channels, int64_t 
       for (int q = 0; q < kQ; ++q) logits[q][v] += weights[q * count + c] * key;
     }
   }
+  float highest[kQ];
+  Vector sums[kQ] = {};
+#pragma GCC unroll 4
   for (int q = 0; q < kQ; ++q) {
     Vector top = logits[q][0];
     for (int v = 1; v < kPerBlock; ++v) top = larger(logits[q][v], top);
-    const float highest = largest_lane(top);  // whatever it is, a NaN among the logits makes the sum one
-    Vector sums = {};
-    for (int v = 0; v < kPerBlock; ++v) sums += weight(logits[q][v] - highest);
-    masses[q] = highest + log2_vector(fold_vectors<1>(&sums))[0];
+    highest[q] = largest_lane(top);  // whatever it is, a NaN among the logits makes the sum one
+    for (int v = 0; v < kPerBlock; ++v) sums[q] += weight(logits[q][v] - highest[q]);
   }
+  const Vector totals = log2_vector(fold_vectors<kQ>(sums));
+  for (int q = 0; q < kQ; ++q) masses[q] = highest[q] + totals[q];
 }
 
 void channel_masses(const float* weights, int64_t queries, const int32_t* channels, int64_t count,

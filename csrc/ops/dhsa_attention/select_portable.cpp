@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "csrc/base/prefetch.h"
 #include "csrc/ops/dhsa_attention/kernels.h"
 #include "csrc/ops/dhsa_attention/state.h"
 
@@ -37,23 +38,11 @@ int64_t most_pooled(const Params& params) {
 // Adds `rows` query rows to sum, in order.
 void add_rows(const Params& params, const Tensors& tensors, int64_t query_head, int64_t first_row, int64_t rows,
               float* sum) {
-  constexpr int64_t kSide = 16;  // channels that are summed side by side
   const int64_t depth = params.head_dim;
   const int64_t offset = (query_head * params.tokens + first_row) * depth;
   const auto add = [&]<typename Element>(const Element* query) {
-    for (int64_t d = 0; d < depth; d += kSide) {
-      const int64_t channels = std::min(kSide, depth - d);
-      float total[kSide];
-      std::copy_n(sum + d, channels, total);
-      for (int64_t row = 0; row < rows; ++row) {
-        const Element* source = query + row * depth + d;
-        if (channels == kSide) {
-          for (int64_t c = 0; c < kSide; ++c) total[c] += to_float(source[c]);
-        } else {
-          for (int64_t c = 0; c < channels; ++c) total[c] += to_float(source[c]);
-        }
-      }
-      std::copy_n(total, channels, sum + d);
+    for (int64_t row = 0; row < rows; ++row, query += depth) {
+      for (int64_t d = 0; d < depth; ++d) sum[d] += to_float(query[d]);
     }
   };
   params.dtype == Dtype::kHalf ? add(static_cast<const uint16_t*>(tensors.query) + offset)
@@ -127,14 +116,23 @@ class Scorer {
   // Of micro-blocks [0, count).
   void score_first(int64_t count, float* scores) const {
     clear(count, scores);
-    if (params_.cache_dtype == Dtype::kFloat) {
-      score(reinterpret_cast<const float*>(summaries_), count, scores);
-      return;
-    }
-    for (int64_t first = 0; first < count; first += kRowsAtOnce) {
-      const int64_t rows = std::min(kRowsAtOnce, count - first);
-      widen(first, rows, rows_);
-      score(rows_, rows, scores + first * stride_);
+    // A token finds its summaries cold. Rows scored side by side are read out of order, which hides from the CPU that
+    // they are one stream; so about a page of them is asked for, in order, before it is scored. One line of the pages
+    // after the next comes with it: finding where a page lies takes as long as reading some of it.
+    constexpr int64_t kAhead = 2 * kSmallPage;
+    const bool cold = params_.tokens == 1;
+    const bool floats = params_.cache_dtype == Dtype::kFloat;
+    const int64_t page = std::clamp(kSmallPage / row_offset(1), kRowsAtOnce / 4, kRowsAtOnce);
+    const int64_t most = cold ? page : floats ? count : kRowsAtOnce;
+    for (int64_t first = 0; first < count; first += most) {
+      const int64_t rows = std::min(most, count - first);
+      const char* source = summaries_ + row_offset(first);
+      if (cold) {
+        prefetch(source + kAhead, std::min(row_offset(rows), row_offset(count - first) - kAhead), kSmallPage);
+        prefetch(source, row_offset(rows));
+      }
+      if (!floats) widen(first, rows, rows_);
+      score(floats ? reinterpret_cast<const float*>(source) : rows_, rows, scores + first * stride_);
     }
   }
 
@@ -143,6 +141,7 @@ class Scorer {
     clear(count, scores);
     for (int64_t first = 0; first < count; first += kRowsAtOnce) {
       const int64_t rows = std::min(kRowsAtOnce, count - first);
+      for (int64_t i = 0; i < rows; ++i) prefetch(summaries_ + row_offset(ids[first + i]), row_offset(1));
       for (int64_t i = 0; i < rows; ++i) widen(ids[first + i], 1, rows_ + i * row_floats_);
       score(rows_, rows, scores + first * stride_);
     }
@@ -341,6 +340,18 @@ void take_largest_channels(const Params& params, int64_t pooled, float* queries,
   }
 }
 
+// Asks for what channel_masses reads of a micro-block of keys.
+inline __attribute__((always_inline)) void prefetch_channels(const Params& params, const Refinement& refinement,
+                                                             const char* block) {
+  const bool integers = params.cache_dtype == Dtype::kInt8;
+  const int64_t channel_bytes = kMicroBlock * (integers ? 1 : params.cache_dtype == Dtype::kHalf ? 2 : 4);
+  for (int64_t c = 0; c < refinement.count; ++c) {
+    prefetch(block + refinement.channels[c] * channel_bytes, 1);
+  }
+  const int64_t bytes = params.head_dim * channel_bytes;
+  if (integers) prefetch(block + bytes, key_block_bytes(Dtype::kInt8, params.head_dim) - bytes);  // the scales
+}
+
 // Ranks `count` listed micro-blocks again, one by one. `rest` has the queries without their largest channels.
 void rank_again(const Params& params, const Tensors& tensors, int64_t head, const Scorer& rest,
                 const Refinement& refinement, const float* origins, const uint16_t* ids, int64_t count, float* scores,
@@ -352,6 +363,7 @@ void rank_again(const Params& params, const Tensors& tensors, int64_t head, cons
   rest.score_listed(ids, count, scores);
   ranking->size = 0;
   for (int64_t i = 0; i < count; ++i) {
+    if (i + 1 < count) prefetch_channels(params, refinement, keys + ids[i + 1] * block_bytes);
     channel_masses(refinement.weights, rest.pooled(), refinement.channels, refinement.count,
                    keys + ids[i] * block_bytes, depth, params.cache_dtype, refinement.masses);
     float best = -INFINITY;
