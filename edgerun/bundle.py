@@ -38,11 +38,10 @@ _REQUIRED = {
     "source": dict,
     "programs": list,
     "files": dict,
-    "context": dict,
     "tokens": dict,
-    "attention": dict,
     "golden": list,
 }
+_REQUIRED_OF_KIND = {"text": {"context": dict, "attention": dict}, "video": {"chains": dict, "video": dict}}
 _HASH_STEP_BYTES = 1 << 23
 
 
@@ -106,8 +105,19 @@ class Bundle:
         return str(self.manifest["build"])
 
     @property
+    def kind(self) -> str:
+        """ "text" or "video"."""
+        return str(self.manifest["kind"])
+
+    def require_kind(self, kind: str) -> None:
+        """Raise BundleError when the bundle is of another kind."""
+        if self.kind != kind:
+            raise BundleError(f"{self.path} is a {self.kind} bundle, this needs a {kind} bundle")
+
+    @property
     def recipe(self) -> Recipe:
-        """The recipe, with max_context filled in. Raises BundleError for options this version does not know."""
+        """A text bundle's recipe, with max_context filled in. Raises BundleError for options that are not known."""
+        self.require_kind("text")
         try:
             return Recipe.from_json(self.manifest["recipe"])
         except (KeyError, TypeError, EdgerunError) as error:
@@ -275,7 +285,11 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         remedy = "update edgerun" if version > SCHEMA_VERSION else "export the bundle again"
         raise BundleError(f"{file} has schema version {version}, this edgerun reads version {SCHEMA_VERSION}: {remedy}")
-    for name, kind in _REQUIRED.items():
+    if manifest.get("kind") not in _REQUIRED_OF_KIND:
+        raise BundleError(
+            f"{file} is of the kind {manifest.get('kind')!r}, which this edgerun does not know: update it"
+        )
+    for name, kind in (_REQUIRED | _REQUIRED_OF_KIND[manifest["kind"]]).items():
         if not isinstance(manifest.get(name), kind):
             raise BundleError(f"{file} has no valid {name!r}: the bundle is damaged, export it again")
     found: dict[str, Any] = manifest

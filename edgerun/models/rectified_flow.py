@@ -24,11 +24,16 @@ Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # (x, t) → v of x's 
 OFFICIAL_BASE = 512  # pixels
 
 
-def shift_ratio(pixels: tuple[int, int], frames: int, base: int = OFFICIAL_BASE) -> float:
-    """By how much times lean towards the noise. `frames` of video, 5 latents for every whole 17; one is an image."""
-    latents = 1 if frames == 1 else frames // 17 * 5
+def shift_ratio(
+    pixels: tuple[int, int], frames: int, base: int = OFFICIAL_BASE, chunk: tuple[int, int] = (17, 5)
+) -> float:
+    """By how much times lean towards the noise.
+
+    frames: of video; one is an image. chunk: frames and latents of a chunk of the autoencoder; only whole ones count.
+    """
+    latents = 1 if frames == 1 else frames // chunk[0] * chunk[1]
     if latents < 1:
-        raise ValueError(f"{frames} frames: the schedule is defined for 1 frame, or at least 17")
+        raise ValueError(f"{frames} frames: the schedule is defined for 1 frame, or at least {chunk[0]}")
     return math.sqrt(pixels[0] * pixels[1]) / base * math.sqrt(latents)
 
 

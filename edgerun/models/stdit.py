@@ -83,12 +83,16 @@ class StditConfig:
 # ---------------------------------------------------------------- embeddings
 
 
-def sinusoids(values: torch.Tensor) -> torch.Tensor:
-    """values [N] → [N, 256], float32 or wider: cosines, then sines, of 128 frequencies from 1 to nearly 1/10,000."""
+def sinusoid_frequencies(dtype: torch.dtype) -> torch.Tensor:
+    """[128], from 1 down to nearly 1/10,000."""
     half = _FREQUENCIES // 2
+    return torch.exp(-math.log(_THETA) / half * torch.arange(half, dtype=dtype))
+
+
+def sinusoids(values: torch.Tensor) -> torch.Tensor:
+    """values [N] → [N, 256], float32 or wider: cosines, then sines, of 128 frequencies."""
     dtype = torch.promote_types(values.dtype, torch.float32)
-    steps = torch.arange(half, dtype=dtype, device=values.device)
-    angles = values.to(dtype)[:, None] * torch.exp(-math.log(_THETA) / half * steps)
+    angles = values.to(dtype)[:, None] * sinusoid_frequencies(dtype).to(values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

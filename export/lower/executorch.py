@@ -45,6 +45,7 @@ def lower(
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as spool:
         warnings.simplefilter("ignore")  # that state starts undefined is intended: input_pos 0 drops it
         spell_out_tanh_gelu(program)
+        _own_storage(program)
         edge = to_edge_transform_and_lower(
             program,
             transform_passes=[SlicesForSplits(), InferredReshapes()],
@@ -65,3 +66,12 @@ def lower(
         operators=tuple(sorted({one.name for one in plan.operators if one.name.startswith("edgerun::")})),
         planned_bytes=sum(plan.non_const_buffer_sizes),
     )
+
+
+def _own_storage(program: torch.export.ExportedProgram) -> None:
+    """Copy every weight that is a part of a bigger tensor: the writer would store that one's first bytes for it."""
+    for tensors in (program.state_dict, program.constants):
+        for name, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() != tensor.nbytes:
+                own = tensor.detach().clone(memory_format=torch.contiguous_format)
+                tensors[name] = torch.nn.Parameter(own, False) if isinstance(tensor, torch.nn.Parameter) else own

@@ -143,3 +143,25 @@ def test_an_input_is_returned_as_a_copy(tmp_path: pathlib.Path) -> None:
     x = torch.randn(1, 8, WIDTH)
     lower(torch.export.export(Same(), (x,)), tmp_path / "program.pte", {})
     assert torch.equal(_load_for_executorch(str(tmp_path / "program.pte")).run_method("forward", (x,))[0], x)
+
+
+class PartsOfOneTensor(nn.Module):
+    """Weights that are views of a bigger tensor, as a split qkv is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        joined = torch.randn(3 * WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.linear.weight = nn.Parameter(joined[2 * WIDTH :], False)
+        self.register_buffer("factors", joined[WIDTH, :])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.factors
+
+
+def test_weights_that_are_parts_of_a_tensor(tmp_path: pathlib.Path) -> None:
+    module = PartsOfOneTensor()
+    tokens = torch.export.Dim("S", min=1, max=max(TOKENS))
+    program = torch.export.export(module, (torch.randn(1, 8, WIDTH),), dynamic_shapes=({1: tokens},))
+    lower(program, tmp_path / "parts.pte", {})
+    assert Lowered(tmp_path / "parts.pte", module).worst_relative_l2() <= compare.tolerance("op_fp32")

@@ -1,0 +1,179 @@
+"""A text-to-video checkpoint: a folder of three models, and how they are sampled.
+
+    FOLDER/  denoiser/      config.json, model.safetensors           STDiT3, as hpcai-tech/OpenSora-STDiT-v3
+             vae/           config.json, model.safetensors           as hpcai-tech/OpenSora-VAE-v1.2
+             text_encoder/  config.json, weights, tokenizer.json     T5 v1.1, encoder
+             video.json     frames, height, width, fps, steps, guidance, schedule_base; Open-Sora's where it is missing
+
+Opening reads configurations and headers, never weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import torch
+
+from edgerun.checkpoint import Progress
+from edgerun.errors import CheckpointError, EdgerunError
+from edgerun.models.rectified_flow import OFFICIAL_BASE
+from edgerun.models.stdit import Stdit, StditConfig
+from edgerun.models.temporal_vae import VideoAutoencoder, VideoAutoencoderConfig, load_video_autoencoder
+from edgerun.models.text_encoder import MAX_TOKENS, TextEncoder, load_text_encoder
+
+_HASH_STEP_BYTES = 1 << 23
+PARTS = ("denoiser", "vae", "text_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSettings:
+    """How a checkpoint is sampled unless a recipe says otherwise; the defaults are Open-Sora v1.2's at 256 x 256."""
+
+    frames: int = 51
+    height: int = 256  # pixels
+    width: int = 256  # pixels
+    fps: float = 24.0
+    steps: int = 30
+    guidance: float = 7.0
+    schedule_base: int = OFFICIAL_BASE  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoCheckpoint:
+    """An opened folder."""
+
+    path: pathlib.Path
+    denoiser: StditConfig
+    autoencoder: VideoAutoencoderConfig
+    settings: VideoSettings
+
+    @staticmethod
+    def open(path: pathlib.Path) -> VideoCheckpoint:
+        """Raises CheckpointError, in one line, when a part is missing, damaged or of another architecture."""
+        path = pathlib.Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder: give a folder with {', '.join(PARTS)}")
+        missing = [part for part in PARTS if not (path / part).is_dir()]
+        if missing:
+            raise CheckpointError(
+                f"{path} has no folder {missing[0]}/: a video checkpoint has {', '.join(f'{part}/' for part in PARTS)}"
+            )
+        for part in ("denoiser", "vae"):
+            if not (path / part / "model.safetensors").is_file():
+                raise CheckpointError(f"{path / part} has no model.safetensors: fetch the checkpoint again")
+        denoiser = StditConfig.from_dict(_read_json(path / "denoiser" / "config.json"))
+        vae = path / "vae" / "config.json"
+        values = _read_json(vae) if vae.is_file() else {}
+        try:
+            # OpenSora-VAE-v1.2 states none of its sizes: they are the defaults.
+            official = values.get("model_type") == "VideoAutoencoderPipeline"
+            autoencoder = VideoAutoencoderConfig() if official else VideoAutoencoderConfig.from_json(values)
+            settings = VideoSettings(**(_read_json(path / "video.json") if (path / "video.json").is_file() else {}))
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: a configuration has what edgerun does not know ({error})") from None
+        if autoencoder.latent_channels != denoiser.in_channels:
+            raise CheckpointError(
+                f"{path}: the denoiser takes {denoiser.in_channels} channels, the autoencoder's latents have "
+                f"{autoencoder.latent_channels}: they are not of one model"
+            )
+        return VideoCheckpoint(path, denoiser, autoencoder, settings)
+
+    def sha256(self, progress: Progress | None = None) -> str:
+        """Over the names and bytes of every file that counts, hex."""
+        digest = hashlib.sha256()
+        files = [file for part in PARTS for file in sorted((self.path / part).iterdir()) if file.is_file()]
+        files += [self.path / "video.json"] if (self.path / "video.json").is_file() else []
+        total, done = sum(file.stat().st_size for file in files) or 1, 0
+        for file in files:
+            digest.update(f"{file.relative_to(self.path).as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as opened:
+                while block := opened.read(_HASH_STEP_BYTES):
+                    digest.update(block)
+                    done += len(block)
+                    if progress is not None:
+                        progress("hash the checkpoint", done / total)
+        return digest.hexdigest()
+
+    def denoiser_weights(self) -> TensorFile:
+        """The denoiser's tensors, read one by one."""
+        return TensorFile(self.path / "denoiser" / "model.safetensors")
+
+    def load_denoiser(self) -> Stdit:
+        """The whole denoiser in float32. Raises CheckpointError when its tensors are not those of its config.json."""
+        with torch.device("meta"):
+            model = Stdit(self.denoiser)
+        weights = self.denoiser_weights()
+        weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
+        model.load_state_dict({name: weights[name].float() for name in model.state_dict()}, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def load_autoencoder(self) -> VideoAutoencoder:
+        """The autoencoder in float32. Raises CheckpointError."""
+        model = load_video_autoencoder(self.path / "vae" / "model.safetensors", self.autoencoder)
+        return model.eval().requires_grad_(False)
+
+    def load_text_encoder(self, max_tokens: int | None = None) -> TextEncoder:
+        """The text encoder in float32. Raises CheckpointError."""
+        limit = min(MAX_TOKENS, self.denoiser.model_max_length)
+        encoder = load_text_encoder(self.path / "text_encoder", max_tokens or limit)
+        if encoder.width != self.denoiser.caption_channels:
+            raise CheckpointError(
+                f"{self.path}: the text encoder gives {encoder.width} channels, the denoiser takes "
+                f"{self.denoiser.caption_channels}: they are not of one model"
+            )
+        return encoder
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read when they are asked for."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Raises CheckpointError for a file that is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file: Any = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): fetch the checkpoint again") from None
+        self.path = path
+        self._names = frozenset(str(name) for name in self._file.keys())  # type: ignore[no-untyped-call]  # noqa: SIM118
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless the file has every tensor of `shapes`."""
+        for name, shape in shapes.items():
+            if name not in self._names:
+                raise CheckpointError(f"tensor {name!r} is missing from {self.path}: fetch the checkpoint again")
+            found = tuple(self._file.get_slice(name).get_shape())
+            if found != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} of {self.path} has shape {list(found)}, its config.json says {list(shape)}"
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): fetch the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object: fetch the checkpoint again")
+    return values
+
+
+def check_size(checkpoint: VideoCheckpoint, frames: int, height: int, width: int) -> None:
+    """Raises EdgerunError for a video that the autoencoder cannot decode."""
+    config = checkpoint.autoencoder
+    factor, chunk = config.spatial_factor, config.frames_per_chunk
+    if frames < chunk or frames % chunk:
+        near = max(chunk, round(frames / chunk) * chunk)
+        raise EdgerunError(f"{frames} frames: programs decode chunks of {chunk}; give a multiple, as {near}")
+    if min(height, width) < factor or height % factor or width % factor:
+        raise EdgerunError(f"{height} x {width} pixels: both must be multiples of {factor}")

@@ -1,0 +1,185 @@
+"""The three chains of a video model, block after block, in one form: modules with named values.
+
+Text: tokens → embedding, layers, norm → y. Denoiser: edgerun/models/stdit_blocks.py. Decoder: one chunk of latents z →
+blocks over time, then blocks on frames → frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from edgerun.models.rectified_flow import shift_ratio, times
+from edgerun.models.stdit import Stdit, StditConfig, rotary_angles
+from edgerun.models.stdit_blocks import denoiser_blocks
+from edgerun.models.temporal_vae import VideoAutoencoder
+from edgerun.models.temporal_vae_blocks import decoder_blocks
+from edgerun.models.text_encoder import TextEncoder, encoder_blocks
+from edgerun.models.text_to_video import VideoCheckpoint
+from edgerun.techniques.temporal_token_merging import FrameMerge, adjacent_groups, frame_merge
+from edgerun.video_recipe import VideoRecipe
+
+_EXAMPLE_TOKENS = 7  # of a prompt, where a program is traced
+# Dimensions that a call decides, by value and dimension: n tokens of a prompt, m frames after merging.
+_OPEN = {
+    "tokens": {1: "n"},
+    "text": {1: "n"},
+    "bias": {1: "n", 2: "n"},
+    "y": {1: "n"},
+    "caption": {1: "n"},
+    "merge": {0: "m"},
+    "unmerge": {1: "m"},
+    "cosines": {0: "m"},
+    "sines": {0: "m"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A program to be: which values it takes and gives."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of one bundle."""
+
+    frames: int
+    height: int  # pixels
+    width: int  # pixels
+    latent: tuple[int, int, int]  # frames, height, width
+    max_tokens: int
+    steps: int
+    guidance: float
+    fps: float
+    times: list[float]
+
+    @staticmethod
+    def of(source: VideoCheckpoint, recipe: VideoRecipe) -> Geometry:
+        """What `recipe` leaves open is the checkpoint's."""
+        settings, config = source.settings, source.autoencoder
+        frames, height, width = (
+            getattr(recipe, name) or getattr(settings, name) for name in ("frames", "height", "width")
+        )
+        steps = recipe.steps or settings.steps
+        factor, chunk = config.spatial_factor, (config.frames_per_chunk, config.latents_per_chunk)
+        return Geometry(
+            frames,
+            height,
+            width,
+            (config.latent_frames(frames), height // factor, width // factor),
+            recipe.max_prompt_tokens or source.denoiser.model_max_length,
+            steps,
+            settings.guidance if recipe.guidance is None else recipe.guidance,
+            settings.fps,
+            times(steps, shift_ratio((height, width), frames, settings.schedule_base, chunk)),
+        )
+
+    def limits(self, dimension: str) -> tuple[int, int]:
+        """Least and most of a dimension that a call decides."""
+        return (1, self.max_tokens if dimension == "n" else self.latent[0])
+
+
+def open_dimensions(name: str) -> dict[int, str]:
+    """The dimensions of a value that a call decides."""
+    return _OPEN.get(name, {})
+
+
+def merge_of(geometry: Geometry, recipe: VideoRecipe) -> FrameMerge | None:
+    """Which frames a merged step computes together; None: the programs cannot merge."""
+    if not recipe.merges:
+        return None
+    return frame_merge(adjacent_groups(geometry.latent[0], alone=recipe.merge_alone), frozenset(recipe.merge_parts))
+
+
+def text_chain(encoder: TextEncoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+    """Blocks and example inputs."""
+
+    def blocks() -> Iterator[Block]:
+        for block in encoder_blocks(encoder.model, geometry.max_tokens):
+            first, last = block.name == "embedding", block.name == "norm"
+            inputs = ("tokens",) if first else ("text",) if last else ("text", "bias")
+            outputs = ("text", "bias") if first else ("y",) if last else ("text",)
+            yield Block(f"text_{block.name}", block.module, inputs, outputs)
+
+    count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
+    vocabulary = int(encoder.model.config.vocab_size)
+    tokens = torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+    return blocks(), {"tokens": tokens}
+
+
+def denoiser_chain(
+    model: Stdit, weights: object, geometry: Geometry, recipe: VideoRecipe
+) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+    """Blocks and example inputs. weights: where a model on the meta device gets its tensors, or None."""
+    merge = merge_of(geometry, recipe)
+
+    def blocks() -> Iterator[Block]:
+        for block in denoiser_blocks(
+            model,
+            geometry.latent,
+            (geometry.height, geometry.width),
+            merge_parts=frozenset() if merge is None else merge.parts,
+            pairs_per_block=recipe.pairs_per_program,
+            weights=weights,  # type: ignore[arg-type]
+        ):
+            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs)
+
+    generator = torch.Generator().manual_seed(0)
+    count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
+    values = {
+        "x": torch.randn(2, model.config.in_channels, *geometry.latent, generator=generator),
+        "time": torch.tensor([0.7, 0.7]),
+        "fps": torch.tensor([geometry.fps, geometry.fps]),
+        "y": torch.randn(1, count, model.config.caption_channels, generator=generator),
+    }
+    if merge is not None:
+        cosines, sines = rotary_angles(merge.positions, rotary_frequencies(model.config))
+        values |= {"merge": merge.merge, "unmerge": merge.unmerge, "cosines": cosines, "sines": sines}
+    return blocks(), values
+
+
+def rotary_frequencies(config: StditConfig) -> torch.Tensor:
+    """[head size / 2] float32."""
+    size = config.head_size
+    return 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+
+
+def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+    """Blocks and example inputs, for one chunk."""
+
+    def blocks() -> Iterator[Block]:
+        parts = decoder_blocks(model)
+        block, given = next(parts), "z"
+        while True:
+            following = next(parts, None)
+            steps: list[nn.Module] = [_ChunkToPictures()] if given == "z" else []
+            steps += [block.module] if following else [block.module, _PicturesToFrames()]
+            gives = "pictures" if following else "frames"
+            yield Block(f"decoder_{block.name}", nn.Sequential(*steps).eval(), (given,), (gives,))
+            if following is None:
+                return
+            block, given = following, gives
+
+    config = model.config
+    shape = (1, config.latent_channels, config.latents_per_chunk, *geometry.latent[1:])
+    return blocks(), {"z": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+class _ChunkToPictures(nn.Module):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """z [1, C, t, h, w] → [t, C, h, w]."""
+        return z.squeeze(0).transpose(0, 1)
+
+
+class _PicturesToFrames(nn.Module):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """pictures [f, 3, H, W] → [3, f, H, W]."""
+        return pictures.transpose(0, 1)

@@ -1,0 +1,98 @@
+"""Text-to-video checkpoints: what opens, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import torch
+
+from edgerun.errors import CheckpointError, EdgerunError
+from edgerun.models.text_to_video import VideoCheckpoint, VideoSettings, check_size
+from tests.models import tiny_video_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tiny_video_checkpoint.write(tmp_path / "a model")
+
+
+def test_opens_and_loads(folder: pathlib.Path) -> None:
+    source = VideoCheckpoint.open(folder)
+    assert source.settings.frames == 10 and source.denoiser.depth == 2
+    assert source.load_denoiser().y_embedder.y_embedding.shape == (9, 16)
+    assert source.load_autoencoder().decode(torch.zeros(1, 4, 6, 6, 8), 10).shape == (1, 3, 10, 12, 16)
+    assert source.load_text_encoder().encode("a red circle").shape == (1, 4, 16)
+    assert source.sha256() == VideoCheckpoint.open(folder).sha256()
+
+
+def test_settings_are_open_soras_where_none_are_given(folder: pathlib.Path) -> None:
+    (folder / "video.json").unlink()
+    assert VideoCheckpoint.open(folder).settings == VideoSettings(51, 256, 256, 24.0, 30, 7.0, 512)
+
+
+def test_the_hash_is_of_the_weights_too(folder: pathlib.Path) -> None:
+    before = VideoCheckpoint.open(folder).sha256()
+    file = folder / "vae" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert VideoCheckpoint.open(folder).sha256() != before
+
+
+def broken(folder: pathlib.Path, part: str) -> None:
+    if part == "no folder":
+        shutil.rmtree(folder)
+    elif part == "no part":
+        shutil.rmtree(folder / "vae")
+    elif part == "no weights":
+        (folder / "denoiser" / "model.safetensors").unlink()
+    elif part == "not JSON":
+        (folder / "denoiser" / "config.json").write_text("{")
+    elif part == "unknown setting":
+        (folder / "video.json").write_text(json.dumps({"frames": 10, "speed": 3}))
+    elif part == "channels":
+        config = json.loads((folder / "denoiser" / "config.json").read_text())
+        (folder / "denoiser" / "config.json").write_text(json.dumps(config | {"in_channels": 8}))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("no folder", "is not a folder"),
+        ("no part", "no folder vae/"),
+        ("no weights", "no model.safetensors"),
+        ("not JSON", "cannot be read"),
+        ("unknown setting", "speed"),
+        ("channels", "not of one model"),
+    ],
+)
+def test_refused_in_one_line(folder: pathlib.Path, part: str, message: str) -> None:
+    broken(folder, part)
+    with pytest.raises(CheckpointError, match=message) as found:
+        VideoCheckpoint.open(folder)
+    assert "\n" not in str(found.value)
+
+
+def test_weights_of_another_size_are_refused(folder: pathlib.Path) -> None:
+    config = json.loads((folder / "denoiser" / "config.json").read_text())
+    (folder / "denoiser" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    with pytest.raises(CheckpointError, match=r"has shape \[.*config.json says"):
+        VideoCheckpoint.open(folder).load_denoiser()
+    (folder / "denoiser" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        VideoCheckpoint.open(folder).load_denoiser()
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "message"),
+    [
+        (12, 12, 16, "give a multiple, as 10"),
+        (4, 12, 16, "as 5"),
+        (10, 13, 16, "multiples of 2"),
+        (10, 0, 16, "0 x 16"),
+    ],
+)
+def test_sizes_that_cannot_be_decoded(folder: pathlib.Path, frames: int, height: int, width: int, message: str) -> None:
+    with pytest.raises(EdgerunError, match=message):
+        check_size(VideoCheckpoint.open(folder), frames, height, width)
