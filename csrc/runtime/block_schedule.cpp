@@ -298,7 +298,7 @@ Status BlockSchedule::acquire(size_t index, Lock* lock) {
                             : Status(StatusCode::kInternal, "block '" + options_.names[index] + "' finds no room");
       }
       if (!threaded && idle) {
-        (void)load_now(index, true, lock);
+        (void)load_now(index, !block.stats.measured, lock);  // measured once: later, others may share the process
         continue;
       }
     }
