@@ -15,10 +15,11 @@ class BlockLoader::Source final : public BlockSource {
         workspace_bytes_(options.workspace_bytes),
         values_(values),
         blocks_(programs.size()),
+        streams_(programs.size(), 0),
         workspace_of_(programs.size(), 0),
         costs_(programs.size()) {
-    // One for the resident programs, and one for each that executes, is loaded ahead or is on its way out.
-    for (int64_t i = 0; i < options.prefetch + 3; ++i) workspaces_.push_back(std::make_unique<WorkspaceKey>());
+    // One for the program that executes, one for each that is loaded ahead: what is loaded waits for nobody.
+    for (int64_t i = 0; i <= options.prefetch; ++i) workspaces_.push_back(std::make_unique<WorkspaceKey>());
     users_.resize(workspaces_.size());
   }
 
@@ -39,16 +40,16 @@ class BlockLoader::Source final : public BlockSource {
   }
   const std::vector<BlockCost>& estimates() const { return costs_; }
 
-  Status load(size_t index, bool alone, bool stays, BlockCost* cost) override {
-    const size_t workspace = choose_workspace(index, stays);
-    const ResidentBytes before = alone ? resident_bytes() : ResidentBytes();
+  Status load(size_t index, const LoadMode& mode, BlockCost* cost) override {
+    const size_t workspace = choose_workspace(index, mode.stays ? 0 : mode.ahead);
+    const ResidentBytes before = mode.alone ? resident_bytes() : ResidentBytes();
     Status status = BlockProgram::load(programs_[index], workspaces_[workspace].get(), &planned_, &blocks_[index]);
     if (!status.ok()) {
       give_back_workspace(index);
       release_free_memory();
       return status;
     }
-    const ResidentBytes after = alone ? resident_bytes() : ResidentBytes();
+    const ResidentBytes after = mode.alone ? resident_bytes() : ResidentBytes();
     if (before.anonymous < 0 || after.anonymous < 0) return Status();
     const int64_t packed = std::max<int64_t>(after.anonymous - before.anonymous, 0);
     // A small program can find room in what the allocator has left: never below its file.
@@ -74,10 +75,13 @@ class BlockLoader::Source final : public BlockSource {
     release_free_memory();
   }
 
-  int64_t activation_bytes() override {
-    const int64_t values = value_bytes();
-    if (measured_bytes_ > 0) return std::max(measured_bytes_, values);
-    return values + static_cast<int64_t>(planned_.size()) + workspace_bytes_;
+  // A workspace is as large as the largest of its programs needs, and stays for as long as one of them is loaded. Here
+  // one was measured; each program that is loaded ahead brings another.
+  Activations activations() override {
+    const int64_t values = value_bytes(), planned = static_cast<int64_t>(planned_.size());
+    if (measured_bytes_ == 0) return {values + planned + workspace_bytes_, workspace_bytes_};
+    const int64_t workspace = std::max<int64_t>(measured_bytes_ - values, 0);
+    return {std::max(measured_bytes_, values), workspace};
   }
 
  private:
@@ -87,18 +91,23 @@ class BlockLoader::Source final : public BlockSource {
     return bytes;
   }
 
-  // Resident programs share the first. The others get one that no loaded program has, so that their loading locks
-  // nobody out and nobody their loading.
-  size_t choose_workspace(size_t index, bool stays) {
+  // Resident programs share the first. One that streams gets one of the `ahead` + 1 first that no streaming program has,
+  // the very first only at last, since loading it and executing a resident one would wait for each other.
+  size_t choose_workspace(size_t index, int64_t ahead) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const size_t chosen =
-        stays ? 0 : static_cast<size_t>(std::min_element(users_.begin() + 1, users_.end()) - users_.begin());
-    ++users_[chosen];
+    size_t chosen = 0;
+    for (size_t i = std::min(static_cast<size_t>(ahead), users_.size() - 1); i > 0; --i) {
+      if (chosen == 0 || users_[i] < users_[chosen]) chosen = i;
+    }
+    if (chosen > 0 && users_[0] < users_[chosen]) chosen = 0;
+    streams_[index] = ahead > 0;
+    users_[chosen] += streams_[index];
     return workspace_of_[index] = chosen;
   }
   void give_back_workspace(size_t index) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    --users_[workspace_of_[index]];
+    users_[workspace_of_[index]] -= streams_[index];
+    streams_[index] = false;
   }
 
   const std::vector<ChainProgram>& programs_;
@@ -108,7 +117,8 @@ class BlockLoader::Source final : public BlockSource {
   LazyMemory planned_;
   std::vector<std::unique_ptr<BlockProgram>> blocks_;  // they go before what they use
   std::mutex mutex_;
-  std::vector<int64_t> users_;  // programs by workspace
+  std::vector<int64_t> users_;  // streaming programs by workspace
+  std::vector<char> streams_;
   std::vector<size_t> workspace_of_;
   std::vector<BlockCost> costs_;
   std::vector<int64_t> file_bytes_;
@@ -132,7 +142,7 @@ Status BlockLoader::open(std::vector<ChainProgram> programs, const BlockLoaderOp
   ScheduleOptions schedule;
   schedule.prefetch = options.prefetch;
   schedule.budget_bytes = options.budget_bytes;
-  schedule.stop = options.stop;
+  schedule.keep_going = options.keep_going;
   schedule.costs = opened->source_->estimates();
   for (const ChainProgram& program : opened->programs_) schedule.names.push_back(program.name);
   Status status = BlockSchedule::open(opened->source_.get(), std::move(schedule), &opened->schedule_);
@@ -153,6 +163,6 @@ Status BlockLoader::set(const std::string& name, ElementType type, std::vector<i
   return Status();
 }
 
-int64_t BlockLoader::activation_bytes() { return source_->activation_bytes(); }
+int64_t BlockLoader::activation_bytes() { return source_->activations().bytes; }
 
 }  // namespace edgerun

@@ -8,8 +8,8 @@
 // a process changes its allocator's thresholds.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -22,15 +22,15 @@
 namespace edgerun {
 
 struct BlockLoaderOptions {
-  int64_t prefetch = 1;                     // programs to load ahead; 0: none, and no thread
-  int64_t budget_bytes = kUnlimitedBytes;   // for programs, values, planned memory and workspaces together
-  int64_t workspace_bytes = 0;              // of XNNPACK's activations, assumed until they were measured
-  const std::atomic<bool>* stop = nullptr;  // as in ScheduleOptions
+  int64_t prefetch = 1;                    // programs to load ahead; 0: none, and no thread
+  int64_t budget_bytes = kUnlimitedBytes;  // for programs, values, planned memory and workspaces together
+  int64_t workspace_bytes = 0;             // of XNNPACK's activations, assumed until they were measured
+  std::function<bool()> keep_going;        // as in ScheduleOptions
 };
 
 class BlockLoader {
  public:
-  // Looks at every file, loads none. kNotFound, kCorrupt: a program is missing or damaged. kInvalidArgument: the budget
+  // Looks at every file, loads none. kNotFound, kCorrupt: a program is missing or damaged. kOutOfMemory: the budget
   // is below what one program needs.
   static Status open(std::vector<ChainProgram> programs, const BlockLoaderOptions& options,
                      std::unique_ptr<BlockLoader>* loader);

@@ -30,8 +30,10 @@ bool streams(const std::vector<BlockCost>& costs, size_t resident, int64_t prefe
 
 }  // namespace
 
-BlockPlan plan_blocks(const std::vector<BlockCost>& costs, int64_t prefetch, int64_t room) {
+BlockPlan plan_blocks(const std::vector<BlockCost>& costs, int64_t prefetch, const Activations& activations,
+                      int64_t budget_bytes) {
   for (; prefetch >= 0; --prefetch) {
+    const int64_t room = budget_bytes - activations.with(prefetch);
     for (size_t resident = costs.size() + 1; resident-- > 0;) {
       if (streams(costs, resident, prefetch, room)) return {resident, prefetch};
     }
@@ -39,20 +41,20 @@ BlockPlan plan_blocks(const std::vector<BlockCost>& costs, int64_t prefetch, int
   return {};
 }
 
-Status check_fits(const std::vector<BlockCost>& costs, const std::vector<std::string>& names, int64_t activation_bytes,
-                  int64_t budget_bytes) {
+Status check_fits(const std::vector<BlockCost>& costs, const std::vector<std::string>& names,
+                  const Activations& activations, int64_t budget_bytes) {
   size_t largest = 0;
   for (size_t i = 0; i < costs.size(); ++i) {
     if (costs[i].loading_bytes > costs[largest].loading_bytes) largest = i;
   }
-  const int64_t block_bytes = costs[largest].loading_bytes;
+  const int64_t block_bytes = costs[largest].loading_bytes, activation_bytes = activations.bytes;
   if (block_bytes <= budget_bytes && activation_bytes <= budget_bytes - block_bytes) return Status();
   const std::string least = std::to_string(block_bytes + activation_bytes);
-  return Status(StatusCode::kInvalidArgument,
-                "a budget of " + std::to_string(budget_bytes) + " bytes is below the " + least + " that block '" +
-                    names[largest] + "' needs (" + std::to_string(block_bytes) + " to load it, " +
-                    std::to_string(activation_bytes) + " for activations): give at least " + least +
-                    " bytes, or export smaller blocks");
+  return Status(StatusCode::kOutOfMemory, "a budget of " + std::to_string(budget_bytes) + " bytes is below the " +
+                                              least + " that block '" + names[largest] + "' needs (" +
+                                              std::to_string(block_bytes) + " to load it, " +
+                                              std::to_string(activation_bytes) + " for activations): give at least " +
+                                              least + " bytes, or export smaller blocks");
 }
 
 }  // namespace edgerun

@@ -46,9 +46,9 @@ BlockSchedule::BlockSchedule(BlockSource* source, ScheduleOptions options)
       options_(std::move(options)),
       blocks_(options_.names.size()),
       budget_bytes_(options_.budget_bytes),
-      activation_bytes_(source->activation_bytes()) {
+      activations_(source->activations()) {
   for (size_t i = 0; i < blocks_.size(); ++i) blocks_[i].stats.cost = options_.costs[i];
-  plan_ = plan_blocks(costs(), options_.prefetch, budget_bytes_ - activation_bytes_);
+  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_);
 }
 
 Status BlockSchedule::open(BlockSource* source, ScheduleOptions options, std::unique_ptr<BlockSchedule>* schedule) {
@@ -86,12 +86,14 @@ std::vector<BlockCost> BlockSchedule::costs() const {
 }
 
 Status BlockSchedule::check_budget(int64_t budget) const {
-  return check_fits(costs(), options_.names, activation_bytes_, budget);
+  return check_fits(costs(), options_.names, activations_, budget);
 }
 
-bool BlockSchedule::fits(int64_t bytes) const {
-  return bytes <= budget_bytes_ - activation_bytes_ && used_bytes_ <= budget_bytes_ - activation_bytes_ - bytes;
-}
+int64_t BlockSchedule::reserve() const { return activations_.with(measuring_ ? 0 : plan_.prefetch); }
+
+int64_t BlockSchedule::room() const { return budget_bytes_ - reserve(); }
+
+bool BlockSchedule::fits(int64_t bytes) const { return bytes <= room() && used_bytes_ <= room() - bytes; }
 
 // Whether a block is on its way in or out.
 bool BlockSchedule::moving() const {
@@ -100,8 +102,6 @@ bool BlockSchedule::moving() const {
   });
 }
 
-bool BlockSchedule::stopped() const { return cancelled_ || (options_.stop != nullptr && options_.stop->load()); }
-
 // Marks loaded blocks to leave, the one that is needed last first, until `bytes` more would fit.
 void BlockSchedule::evict(int64_t bytes, size_t needed) {
   int64_t staying = used_bytes_;
@@ -109,7 +109,7 @@ void BlockSchedule::evict(int64_t bytes, size_t needed) {
     if (block.state == State::kLeaving || block.state == State::kUnloading) staying -= block.stats.cost.loaded_bytes;
   }
   const size_t count = blocks_.size();
-  for (size_t offset = count - 1; offset > 0 && staying > budget_bytes_ - activation_bytes_ - bytes; --offset) {
+  for (size_t offset = count - 1; offset > 0 && staying > room() - bytes; --offset) {
     Block& block = blocks_[(needed + offset) % count];
     if (block.state != State::kLoaded) continue;
     block.state = State::kLeaving;
@@ -120,34 +120,34 @@ void BlockSchedule::evict(int64_t bytes, size_t needed) {
 
 // Brings plan and memory in line with the budget as it is now.
 void BlockSchedule::refresh() {
-  plan_ = plan_blocks(costs(), options_.prefetch, budget_bytes_ - activation_bytes_);
+  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_);
   if (!fits(0)) evict(0, position_);
 }
 
-void BlockSchedule::note_peak() { pass_.peak_bytes = std::max(pass_.peak_bytes, used_bytes_ + activation_bytes_); }
+void BlockSchedule::note_peak() { pass_.peak_bytes = std::max(pass_.peak_bytes, used_bytes_ + reserve()); }
 
 // ---- loading
 
-Status BlockSchedule::load_now(size_t index, bool alone, Lock* lock) {
+Status BlockSchedule::load_now(size_t index, LoadMode mode, Lock* lock) {
   Block& block = blocks_[index];
   const BlockCost assumed = block.stats.cost;
   BlockCost cost = assumed;
   block.state = State::kLoading;
   used_bytes_ += assumed.loading_bytes;
   note_peak();
-  const bool stays = !measuring_ && more_follow_ && index < plan_.resident;
+  mode.stays = !measuring_ && more_follow_ && index < plan_.resident && plan_.resident < blocks_.size();
   const double begin_ms = now_ms();
   Status status;
   {
     const Unlocked unlocked(lock);
-    status = guarded(options_.names[index], [&] { return source_->load(index, alone, stays, &cost); });
+    status = guarded(options_.names[index], [&] { return source_->load(index, mode, &cost); });
   }
   const double spent_ms = now_ms() - begin_ms;
   used_bytes_ -= assumed.loading_bytes;
   if (status.ok()) {
     cost.loading_bytes = std::max(cost.loading_bytes, cost.loaded_bytes);
     block.stats.cost = cost;
-    block.stats.measured = block.stats.measured || alone;
+    block.stats.measured = block.stats.measured || mode.alone;
     used_bytes_ += cost.loaded_bytes;
     note_peak();
     ++block.stats.loads;
@@ -260,7 +260,7 @@ void BlockSchedule::loading_thread() {
     if (next != kNone) {
       unload_now(next, &lock);
     } else if (find_next(&next)) {
-      (void)load_now(next, false, &lock);  // the pass finds the failure at the block
+      (void)load_now(next, {.ahead = plan_.prefetch}, &lock);  // the pass finds the failure at the block
     } else {
       changed_.wait(lock);
     }
@@ -273,7 +273,7 @@ void BlockSchedule::loading_thread() {
 Status BlockSchedule::acquire(size_t index, Lock* lock) {
   Block& block = blocks_[index];
   while (block.state != State::kLoaded) {
-    if (stopped()) return Status(StatusCode::kCancelled, "cancelled");
+    if (cancelled_) return Status(StatusCode::kCancelled, "cancelled");
     if (block.state == State::kLeaving) {
       block.state = State::kLoaded;
       continue;
@@ -298,7 +298,8 @@ Status BlockSchedule::acquire(size_t index, Lock* lock) {
                             : Status(StatusCode::kInternal, "block '" + options_.names[index] + "' finds no room");
       }
       if (!threaded && idle) {
-        (void)load_now(index, !block.stats.measured, lock);  // measured once: later, others may share the process
+        (void)load_now(index, {.alone = !block.stats.measured},
+                       lock);  // measured once: later, others may share the process
         continue;
       }
     }
@@ -315,7 +316,12 @@ Status BlockSchedule::run_blocks(Lock* lock) {
     refresh();
     if (!thread_lives_) unload_leaving(lock);
     while (thread_lives_ && !fits(0) && moving()) changed_.wait(*lock);  // a lower budget holds from here on
-    if (stopped()) return Status(StatusCode::kCancelled, "cancelled");
+    bool going = !cancelled_;
+    if (going && options_.keep_going) {
+      const Unlocked unlocked(lock);
+      going = options_.keep_going();
+    }
+    if (!going || cancelled_) return Status(StatusCode::kCancelled, "cancelled");
     if (Status status = check_budget(budget_bytes_); !status.ok()) return status;
     const double wait_begin_ms = now_ms();
     if (Status status = acquire(index, lock); !status.ok()) return status;
@@ -325,14 +331,15 @@ Status BlockSchedule::run_blocks(Lock* lock) {
     executing_ = true;
     changed_.notify_all();
     Status status;
-    int64_t activation_bytes = 0;
+    Activations activations;
     {
       const Unlocked unlocked(lock);
       status = guarded(options_.names[index], [&] { return source_->execute(index, measuring_); });
-      activation_bytes = source_->activation_bytes();
+      activations = source_->activations();
     }
     executing_ = false;
-    activation_bytes_ = activation_bytes;
+    activations_ = activations;
+    refresh();
     note_peak();
     if (!status.ok()) return status;
     const double spent_ms = now_ms() - begin_ms;
@@ -350,7 +357,8 @@ Status BlockSchedule::run(bool more_follow) {
   if (running_) return invalid("the chain is running in another call: wait for it, or cancel it");
   running_ = true;
   cancelled_ = false;
-  activation_bytes_ = source_->activation_bytes();
+  activations_ = source_->activations();
+  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_);
   more_follow_ = more_follow;
   measuring_ = more_follow && !measured_ && budget_bytes_ != kUnlimitedBytes;
   wanted_ = true;
@@ -414,6 +422,11 @@ Status BlockSchedule::clear() {
 int64_t BlockSchedule::used_bytes() const {
   const Lock lock(mutex_);
   return used_bytes_;
+}
+
+int64_t BlockSchedule::budget_bytes() const {
+  const Lock lock(mutex_);
+  return budget_bytes_;
 }
 
 std::vector<BlockStats> BlockSchedule::block_stats() const {

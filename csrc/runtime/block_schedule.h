@@ -11,7 +11,6 @@
 // by itself: the first of several passes loads and executes in turn, keeps nothing, and measures.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -28,26 +27,32 @@
 
 namespace edgerun {
 
+// How a block is loaded.
+struct LoadMode {
+  bool alone = false;  // nothing else of the chain runs meanwhile: what the process grows by is this block
+  int64_t ahead = 0;   // so many may be loaded ahead of the one that may execute meanwhile; 0: none executes
+  bool stays = false;  // it is to be resident, while others stream
+};
+
 // What the blocks are. No two calls for one block overlap; `load` and `unload` of one block may run while another
 // executes, on another thread.
 class BlockSource {
  public:
   virtual ~BlockSource() = default;
-  // alone: nothing else of the chain runs meanwhile, so what the process grows by is this block. stays: it is to be a
-  // resident one. *cost holds what is assumed and may be set to what was measured. A failure leaves nothing in memory.
-  virtual Status load(size_t block, bool alone, bool stays, BlockCost* cost) = 0;
-  // alone: as above; what the process then has beyond the loaded blocks is the activations.
+  // *cost holds what is assumed and may be set to what was measured. A failure leaves nothing of the block in memory.
+  virtual Status load(size_t block, const LoadMode& mode, BlockCost* cost) = 0;
+  // alone: as LoadMode's; what the process then has beyond the loaded blocks is the activations.
   virtual Status execute(size_t block, bool alone) = 0;
   virtual void unload(size_t block) = 0;
-  virtual int64_t activation_bytes() = 0;  // to keep room for; asked around execute, on its thread
+  virtual Activations activations() = 0;  // to keep room for; asked around execute, on its thread
 };
 
 struct ScheduleOptions {
-  int64_t prefetch = 1;                     // blocks to load ahead of the executing one; 0: none, and no thread
-  int64_t budget_bytes = kUnlimitedBytes;   // for blocks and activations
-  std::vector<std::string> names;           // of the blocks, for messages
-  std::vector<BlockCost> costs;             // estimates
-  const std::atomic<bool>* stop = nullptr;  // set, and cancel() called: every pass ends before its next block
+  int64_t prefetch = 1;                    // blocks to load ahead of the executing one; 0: none, and no thread
+  int64_t budget_bytes = kUnlimitedBytes;  // for blocks and activations
+  std::vector<std::string> names;          // of the blocks, for messages
+  std::vector<BlockCost> costs;            // estimates
+  std::function<bool()> keep_going;        // asked before every block, on the pass's thread; false: the pass ends
   // Starts the thread that loads; a test puts one there that fails.
   std::function<std::thread(std::function<void()>)> start_thread = [](std::function<void()> body) {
     return std::thread(std::move(body));
@@ -76,7 +81,7 @@ struct PassStats {
 
 class BlockSchedule {
  public:
-  // The source must outlive the schedule. kInvalidArgument when the budget is too small for one of the blocks.
+  // The source must outlive the schedule. kOutOfMemory when the budget is too small for one of the blocks.
   static Status open(BlockSource* source, ScheduleOptions options, std::unique_ptr<BlockSchedule>* schedule);
   ~BlockSchedule();  // waits for what is being loaded
 
@@ -86,12 +91,13 @@ class BlockSchedule {
   Status run(bool more_follow);
 
   // From any thread. Blocks that no longer fit go at once, except the one that executes; a load that began is
-  // finished first. kInvalidArgument, and the budget stays, when a block would not fit.
+  // finished first. kOutOfMemory, and the budget stays, when a block would not fit.
   Status set_budget(int64_t bytes);
   void cancel();   // from any thread: the running pass ends before its next block; nothing runs: no effect
   Status clear();  // unloads everything, once nothing executes
 
   int64_t used_bytes() const;  // by blocks, without activations
+  int64_t budget_bytes() const;
   std::vector<BlockStats> block_stats() const;
   std::vector<PassStats> pass_stats() const;  // of every pass that reached its end
 
@@ -108,15 +114,16 @@ class BlockSchedule {
   BlockSchedule(BlockSource* source, ScheduleOptions options);
   std::vector<BlockCost> costs() const;
   Status check_budget(int64_t budget) const;
+  int64_t reserve() const;  // for activations
+  int64_t room() const;     // for blocks
   bool fits(int64_t bytes) const;
   bool moving() const;
-  bool stopped() const;
   void refresh();
   void evict(int64_t bytes, size_t needed);
   bool find_next(size_t* block) const;
   Status start_thread();
   void loading_thread();
-  Status load_now(size_t block, bool alone, Lock* lock);
+  Status load_now(size_t block, LoadMode mode, Lock* lock);
   void unload_now(size_t block, Lock* lock);
   void unload_leaving(Lock* lock);
   void leave(size_t block, Lock* lock);
@@ -133,7 +140,7 @@ class BlockSchedule {
   PassStats pass_;  // the one that runs
   BlockPlan plan_;
   int64_t budget_bytes_ = 0;
-  int64_t activation_bytes_ = 0;
+  Activations activations_;
   int64_t used_bytes_ = 0;  // loaded_bytes of what is loaded, loading_bytes of what is being loaded
   size_t position_ = 0;     // the block that executes, or is waited for, or comes next
   bool running_ = false, executing_ = false, cancelled_ = false;

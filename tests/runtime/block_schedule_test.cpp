@@ -39,7 +39,7 @@ class Blocks : public edgerun::BlockSource {
  public:
   explicit Blocks(std::vector<BlockCost> real) : real_(std::move(real)), loaded_(real_.size(), 0) {}
 
-  Status load(size_t block, bool alone, bool, BlockCost* cost) override {
+  Status load(size_t block, const edgerun::LoadMode& mode, BlockCost* cost) override {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       CHECK(!loaded_[block]);
@@ -55,7 +55,7 @@ class Blocks : public edgerun::BlockSource {
     if (block == fails_at) return Status(StatusCode::kNotFound, "block file is gone");
     take(real_[block].loaded_bytes);
     loaded_[block] = 1;
-    if (alone) *cost = real_[block];
+    if (mode.alone) *cost = real_[block];
     return Status();
   }
   Status execute(size_t block, bool) override {
@@ -76,7 +76,7 @@ class Blocks : public edgerun::BlockSource {
     loaded_[block] = 0;
     take(-real_[block].loaded_bytes);
   }
-  int64_t activation_bytes() override { return activations; }
+  edgerun::Activations activations() override { return {activation_bytes, ahead_bytes}; }
 
   int64_t used() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -91,7 +91,7 @@ class Blocks : public edgerun::BlockSource {
   double load_ms = 0, execute_ms = 0;
   std::atomic<size_t> fails_at{kNobody}, throws_at{kNobody}, exits_at{kNobody};
   std::function<void(size_t)> on_execute;
-  std::atomic<int64_t> activations{0};
+  std::atomic<int64_t> activation_bytes{0}, ahead_bytes{0};
   int loads[64] = {};
   std::vector<size_t> order_of_loads, executed;
 
@@ -225,25 +225,35 @@ void a_budget_below_one_block_is_refused() {
   ScheduleOptions options;
   options.names = {"a", "b", "c"};
   options.costs = {{10, 15}, {10, 21}, {10, 15}};
-  blocks.activations = 5;
+  blocks.activation_bytes = 5;
   options.budget_bytes = 25;
   std::unique_ptr<BlockSchedule> schedule;
   const Status status = BlockSchedule::open(&blocks, options, &schedule);
-  CHECK(status.code() == StatusCode::kInvalidArgument && schedule == nullptr);
+  CHECK(status.code() == StatusCode::kOutOfMemory && schedule == nullptr);
   CHECK(status.message().find("25 bytes is below the 26 that block 'b'") != std::string::npos);
 }
 
 void activations_count() {
   Blocks blocks(costs(6));
-  blocks.activations = 20;
+  blocks.activation_bytes = 20;
   const auto schedule = open(&blocks, costs(6), 1, 45);
   for (int pass = 0; pass < 3; ++pass) CHECK(schedule->run(true).ok());
   CHECK(schedule->pass_stats().back().resident_blocks == 0);
   CHECK(blocks.take_peak() <= 25);
-  blocks.activations = 60;  // more than there is
+  blocks.activation_bytes = 60;  // more than there is
   Status status = schedule->run(true);
-  CHECK(status.code() == StatusCode::kInvalidArgument);
+  CHECK(status.code() == StatusCode::kOutOfMemory);
   CHECK(status.message().find("60 for activations") != std::string::npos);
+}
+
+void what_loading_ahead_costs_counts() {
+  Blocks blocks(costs(6));
+  blocks.activation_bytes = 5;
+  blocks.ahead_bytes = 10;
+  const auto schedule = open(&blocks, costs(6), 2, 45);  // two ahead would take 20 and 35
+  for (int pass = 0; pass < 3; ++pass) CHECK(schedule->run(true).ok());
+  CHECK(schedule->pass_stats().back().prefetch == 1 && schedule->pass_stats().back().resident_blocks == 0);
+  CHECK(blocks.take_peak() <= 30);
 }
 
 void a_load_that_fails_ends_the_pass() {
@@ -383,6 +393,7 @@ constexpr Case kCases[] = {CASE(every_depth_and_budget),
                            CASE(shrinking_takes_effect_at_the_next_block),
                            CASE(a_budget_below_one_block_is_refused),
                            CASE(activations_count),
+                           CASE(what_loading_ahead_costs_counts),
                            CASE(a_load_that_fails_ends_the_pass),
                            CASE(a_thread_that_dies_is_reported),
                            CASE(a_thread_that_cannot_start_is_reported),
