@@ -6,6 +6,7 @@ void register_embedding(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 void register_rms_norm(pybind11::module_& module);
 void register_sessions(pybind11::module_& module);
+void register_video(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "edgerun's native part";
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_native, module) {
   register_ops(module);
   register_rms_norm(module);
   register_sessions(module);
+  register_video(module);
 }
