@@ -147,7 +147,7 @@ def budget_of(plan: Plan, costs: list[dict[str, Any]], activation: int, resident
     """Bytes that keep `resident` blocks and let the others stream with `prefetch` of them ahead."""
     loaded = max(one["loaded_bytes"] for one in costs)
     loading = max(one["loading_bytes"] for one in costs)
-    return int(ROOM * (resident * loaded + prefetch * loaded + loading + activation))
+    return int(ROOM * (resident * loaded + prefetch * (loaded + activation) + loading + activation))
 
 
 def measure_row(plan: Plan, paths: list[pathlib.Path], key: Row, alpha_ms: dict[str, float]) -> Row:
