@@ -359,6 +359,12 @@ Writer& Writer::value(bool boolean) {
   return *this;
 }
 
+Writer& Writer::raw(std::string_view document) {
+  separate();
+  text_ += document;
+  return *this;
+}
+
 Writer& Writer::null() {
   separate();
   text_ += "null";

@@ -58,6 +58,7 @@ class Writer {
   Writer& value(double number);  // not finite: null
   Writer& value(bool boolean);
   Writer& null();
+  Writer& raw(std::string_view document);  // one that another Writer made
   const std::string& text() const { return text_; }
 
  private:

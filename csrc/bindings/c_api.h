@@ -124,6 +124,97 @@ EDGERUN_API void edgerun_text_session_cancel(edgerun_text_session* session);
 EDGERUN_API edgerun_status edgerun_text_session_info(const edgerun_text_session* session, edgerun_session_info* info);
 EDGERUN_API edgerun_status edgerun_text_session_stats(const edgerun_text_session* session, edgerun_stats* stats);
 
+/* ---- video: a prompt's token ids in, frames out (csrc/runtime/video_session.h) */
+
+typedef struct edgerun_video_session edgerun_video_session;
+
+typedef enum edgerun_video_stage {
+  EDGERUN_VIDEO_ENCODE = 0,
+  EDGERUN_VIDEO_DENOISE = 1,
+  EDGERUN_VIDEO_DECODE = 2
+} edgerun_video_stage;
+
+typedef enum edgerun_video_leap {
+  EDGERUN_VIDEO_LEAP_BUNDLE = -1, /* as the bundle says */
+  EDGERUN_VIDEO_LEAP_NONE = 0,
+  EDGERUN_VIDEO_LEAP_FIXED = 1,
+  EDGERUN_VIDEO_LEAP_COSINE = 2
+} edgerun_video_leap;
+
+typedef struct edgerun_video_options {
+  size_t struct_bytes;
+  int32_t verify;             /* 1: compare the programs' sha256 with the manifest's; 0: sizes and paths only */
+  int32_t threads;            /* of the process's pool; 0: as it is */
+  int32_t prefetch;           /* programs to load ahead; 0: none */
+  int64_t memory_limit_bytes; /* for what the whole process has in RAM; 0: none */
+} edgerun_video_options;
+
+typedef struct edgerun_video_info {
+  size_t struct_bytes;
+  int64_t frames, height, width;
+  double fps;
+  int64_t channels, latent_frames, latent_height, latent_width;
+  int64_t steps;
+  double guidance;
+  int64_t min_tokens, max_tokens; /* of a prompt */
+  int64_t threads;                /* of the process's pool */
+  const char* build;              /* lives as long as the session */
+} edgerun_video_info;
+
+typedef struct edgerun_video_progress {
+  edgerun_video_stage stage;
+  int64_t done, total; /* prompts, steps, or chunks of latents */
+  int64_t evaluations; /* of the denoiser so far */
+  double time;         /* of the diffusion, 1 is noise */
+  double elapsed_ms;
+} edgerun_video_progress;
+
+typedef int32_t (*edgerun_video_callback)(const edgerun_video_progress* progress, void* user); /* not 0: cancel */
+
+typedef struct edgerun_video_generate_options {
+  size_t struct_bytes;
+  double guidance; /* NaN: the bundle's */
+  uint64_t seed;
+  const float* noise; /* [channels, latent frames, height, width] instead of the seed's, or null */
+  size_t noise_count;
+  const double* times; /* from 1 down instead of the bundle's, or null */
+  size_t time_count;
+  edgerun_video_leap leap;
+  int64_t leap_evaluations;
+  double leap_latest_time, leap_tolerance;
+  int64_t leap_patience;
+  int64_t merge_steps; /* -1: the bundle's */
+  const void* state;   /* of an earlier run, to go on from, or null; the ids are not read then */
+  size_t state_bytes;
+  float* latent_out;              /* [channels, latent frames, height, width] or null */
+  uint8_t* frames_out;            /* [frames, height, width, 3]; null: nothing is decoded */
+  edgerun_step_callback on_block; /* before every program; not 0: cancel */
+} edgerun_video_generate_options;
+
+typedef struct edgerun_video_result {
+  size_t struct_bytes;
+  int32_t cancelled;   /* 1: the run stopped early; edgerun_video_session_state goes on from there */
+  int64_t evaluations; /* of the denoiser, both halves of guidance being one */
+} edgerun_video_result;
+
+EDGERUN_API edgerun_video_options edgerun_video_options_default(void);
+EDGERUN_API edgerun_video_generate_options edgerun_video_generate_options_default(void);
+EDGERUN_API edgerun_status edgerun_video_session_open(const char* bundle_path, const edgerun_video_options* options,
+                                                      edgerun_video_session** session);
+EDGERUN_API void edgerun_video_session_close(edgerun_video_session* session); /* null is allowed */
+EDGERUN_API edgerun_status edgerun_video_session_generate(edgerun_video_session* session, const int64_t* ids,
+                                                          size_t count, const edgerun_video_generate_options* options,
+                                                          edgerun_video_callback on_progress, void* user,
+                                                          edgerun_video_result* result);
+/* From any thread. */
+EDGERUN_API void edgerun_video_session_cancel(edgerun_video_session* session);
+EDGERUN_API edgerun_status edgerun_video_session_set_memory_limit(edgerun_video_session* session, int64_t bytes);
+EDGERUN_API edgerun_status edgerun_video_session_info(const edgerun_video_session* session, edgerun_video_info* info);
+/* The last run's state, and what it measured as JSON. Both live until the next call of the same function. */
+EDGERUN_API edgerun_status edgerun_video_session_state(edgerun_video_session* session, const void** state,
+                                                       size_t* bytes);
+EDGERUN_API edgerun_status edgerun_video_session_report(edgerun_video_session* session, const char** json);
+
 #ifdef __cplusplus
 }
 #endif

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "csrc/bindings/c_api.h"
+#include "csrc/bindings/python_errors.h"
 
 namespace py = pybind11;
 
@@ -17,14 +18,7 @@ namespace {
 
 using Ids = std::vector<int64_t>;
 
-// Raises the error of edgerun/errors.py that fits the status; nothing when it is good.
-void raise_for(edgerun_status status) {
-  if (status == EDGERUN_OK) return;
-  const bool of_bundle = status == EDGERUN_NOT_FOUND || status == EDGERUN_CORRUPT;
-  const py::object kind = py::module_::import("edgerun.errors").attr(of_bundle ? "BundleError" : "EdgerunError");
-  PyErr_SetString(kind.ptr(), edgerun_last_error());
-  throw py::error_already_set();
-}
+void raise_for(edgerun_status status) { edgerun::raise_for(status, edgerun_last_error()); }
 
 struct Listener {
   std::optional<py::function> on_token;

@@ -1,44 +1,56 @@
 // edgerun-runner: a bundle and token ids in, a JSON report out. What runs on a board: no Python, nothing to install.
-#include <sys/utsname.h>
-
-#include <algorithm>
-#include <cerrno>
-#include <charconv>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
-#include "csrc/base/cpu_features.h"
 #include "csrc/base/json.h"
 #include "csrc/bindings/c_api.h"
+#include "csrc/runner/support.h"
+#include "csrc/runner/video.h"
+#include "csrc/runtime/bundle_files.h"
 
 namespace {
 
+using namespace edgerun::runner;
+namespace json = edgerun::json;
+
 constexpr char kHelp[] = R"(usage: edgerun-runner BUNDLE (--tokens 1,2,3 | --tokens-file F) [options]
 
-Runs a text bundle on this machine and prints a JSON report.
+Runs a text or a video bundle on this machine and prints a JSON report.
 
   --tokens IDS          the prompt: token ids, separated by commas
   --tokens-file F       the prompt: a file of decimal token ids, separated by white space
+  --seed S              of the sampling, or of the noise (0)
+  --threads N           0: as many as the processor has good cores (0)
+  --report F            write the report to F instead of the standard output
+  --no-verify           do not compare the programs' sha256 with the manifest's
+  --describe            print what this machine is, as JSON, and nothing else
+  --version             print the version
+
+Text:
   --max-new-tokens N    tokens to generate (128)
   --temperature T       0: greedy (0)
   --top-k K             only the K likeliest tokens; 0: all (0)
   --top-p P             only the likeliest tokens that make up P; 1: all (1)
-  --seed S              of the sampling (0)
   --stop IDS            stop at these tokens instead of the bundle's end tokens; '' for none
-  --threads N           0: as many as the processor has good cores (0)
   --force-file F        feed these token ids one at a time after the prompt instead of sampled ones
   --logits-out RAW      float32 rows [forced + 1, vocabulary] in this machine's byte order (with --force-file, or alone)
-  --report F            write the report to F instead of the standard output
-  --no-verify           do not compare the program's sha256 with the manifest's
-  --describe            print what this machine is, as JSON, and nothing else
-  --version             print the version
+
+Video:
+  --frames-out RAW      uint8 [frames, height, width, 3]
+  --latent-out RAW      float32 [channels, latent frames, height, width] in this machine's byte order
+  --noise-file RAW      of the same shape, instead of the seed's
+  --memory-limit SIZE   for all that this process has in RAM, as 900MB or 1GiB; programs stream through what it leaves
+  --prefetch N          programs to load while one executes; 0: none (1)
+  --guidance G          instead of the bundle's
+  --times T,T,...       of the diffusion, from 1 down, instead of the bundle's
+  --leap KIND           none, fixed:EVALUATIONS or cosine:LATEST_TIME,TOLERANCE,PATIENCE, instead of the bundle's
+  --merge-steps N       first steps with merged frames, instead of the bundle's
+  --state-out F         where a run that SIGINT or SIGTERM ends is saved
+  --state-in F          go on from there; the prompt is not read then
 Exit status: 0 good, 2 bad usage or input, with one line on the standard error.
 )";
 
@@ -48,54 +60,44 @@ struct Request {
   bool has_tokens = false, has_stop = false, has_forced = false;
   edgerun_session_options session = edgerun_session_options_default();
   edgerun_generate_options generate = edgerun_generate_options_default();
+  VideoRequest video;
+  std::string text_option, video_option;  // the first of those that only one kind of bundle has
 };
 
-bool fail(const std::string& message) {
-  std::fprintf(stderr, "edgerun-runner: %s\n", message.c_str());
-  return false;
-}
-
-template <typename Number>
-bool parse_number(const std::string& option, std::string_view text, Number* number) {
-  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), *number);
-  if (parsed.ec == std::errc() && parsed.ptr == text.data() + text.size()) return true;
-  return fail(option + " is '" + std::string(text) + "'; it must be a number: see --help");
-}
-
-bool parse_ids(const std::string& option, std::string_view text, std::string_view separators,
-               std::vector<int64_t>* ids) {
-  for (size_t at = 0; (at = text.find_first_not_of(separators, at)) != std::string_view::npos;) {
-    const size_t end = std::min(text.find_first_of(separators, at), text.size());
-    if (!parse_number(option, text.substr(at, end - at), &ids->emplace_back())) return false;
-    at = end;
-  }
-  return true;
-}
-
-bool read_ids(const std::string& option, const char* path, std::vector<int64_t>* ids) {
-  std::ifstream file(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file.is_open() || file.bad()) {
-    return fail(option + ": " + path + " cannot be read: " + std::strerror(errno) + "; give a file of token ids");
-  }
-  return parse_ids(option, text, " \t\r\n", ids);
-}
-
-bool parse_option(const std::string& option, const char* value, Request* request) {
-  edgerun_generate_options& generate = request->generate;
+// Options of both kinds of bundles. *known: it is one of them.
+bool parse_common(const std::string& option, const char* value, Request* request, bool* known) {
   if (option == "--tokens") return request->has_tokens = parse_ids(option, value, ",", &request->tokens);
   if (option == "--tokens-file") return request->has_tokens = read_ids(option, value, &request->tokens);
+  if (option == "--seed") return parse_number(option, value, &request->generate.seed);
+  if (option == "--threads") return parse_number(option, value, &request->session.threads);
+  if (option == "--report") return request->report_path = value, true;
+  return *known = false;
+}
+
+bool parse_text(const std::string& option, const char* value, Request* request, bool* known) {
+  edgerun_generate_options& generate = request->generate;
   if (option == "--stop") return request->has_stop = parse_ids(option, value, ",", &request->stop);
   if (option == "--force-file") return request->has_forced = read_ids(option, value, &request->forced);
   if (option == "--max-new-tokens") return parse_number(option, value, &generate.max_new_tokens);
   if (option == "--temperature") return parse_number(option, value, &generate.temperature);
   if (option == "--top-k") return parse_number(option, value, &generate.top_k);
   if (option == "--top-p") return parse_number(option, value, &generate.top_p);
-  if (option == "--seed") return parse_number(option, value, &generate.seed);
-  if (option == "--threads") return parse_number(option, value, &request->session.threads);
-  if (option == "--report") return request->report_path = value, true;
   if (option == "--logits-out") return request->logits_path = value, true;
-  return fail("unknown option " + option + ": see --help");
+  return *known = false;
+}
+
+bool parse_option(const std::string& option, const char* value, Request* request) {
+  bool known = true;
+  const bool common = parse_common(option, value, request, &known);
+  if (known) return common;
+  known = true;
+  const bool text = parse_text(option, value, request, &known);
+  if (known && request->text_option.empty()) request->text_option = option;
+  if (known) return text;
+  known = true;
+  const bool video = parse_video(option, value, &request->video, &known);
+  if (known && request->video_option.empty()) request->video_option = option;
+  return known ? video : fail("unknown option " + option + ": see --help");
 }
 
 bool parse_arguments(int count, char** values, Request* request) {
@@ -114,50 +116,10 @@ bool parse_arguments(int count, char** values, Request* request) {
     }
   }
   if (request->bundle.empty()) return fail("no bundle given: see --help");
-  if (!request->has_tokens) return fail("no prompt given: use --tokens or --tokens-file");
-  if (request->has_forced && request->logits_path.empty()) return fail("--force-file needs --logits-out");
   return true;
 }
 
-// Writes beside the target and moves it there, so that nobody finds half of it.
-bool write_file(const std::string& path, const void* data, size_t bytes) {
-  const std::string partial = path + ".partial";
-  std::FILE* const file = std::fopen(partial.c_str(), "wb");
-  bool good = file != nullptr && std::fwrite(data, 1, bytes, file) == bytes;
-  if (file != nullptr) good = std::fclose(file) == 0 && good;
-  good = good && std::rename(partial.c_str(), path.c_str()) == 0;
-  if (good) return true;
-  const std::string reason = std::strerror(errno);
-  if (file != nullptr) std::remove(partial.c_str());
-  return fail(path + " cannot be written: " + reason + "; choose another place");
-}
-
-bool failed_call() { return fail(edgerun_last_error()); }
-
-void write_device(int64_t threads, edgerun::json::Writer* json) {
-  utsname names = {};
-  uname(&names);
-  std::string cpu, line;
-  for (std::ifstream file("/proc/cpuinfo"); cpu.empty() && std::getline(file, line);) {
-    if (line.rfind("model name", 0) == 0) cpu = line.substr(std::min(line.find(": ") + 2, line.size()));
-  }
-  json->key("device").begin_object();
-  json->key("system").value(names.sysname).key("machine").value(names.machine).key("cpu");
-  cpu.empty() ? json->null() : json->value(cpu);
-  const edgerun::CpuFeatures& features = edgerun::cpu_features();
-  const std::pair<const char*, bool> named[] = {{"avx2", features.avx2},
-                                                {"avx512", features.avx512},
-                                                {"fp16", features.fp16},
-                                                {"dotprod", features.dotprod},
-                                                {"i8mm", features.i8mm}};
-  json->key("features").begin_array();
-  for (const auto& [name, present] : named) {
-    if (present) json->value(name);
-  }
-  json->end_array().key("threads").value(threads).end_object();
-}
-
-void write_stats(const edgerun_stats& stats, edgerun::json::Writer* json) {
+void write_stats(const edgerun_stats& stats, json::Writer* json) {
   json->key("stats").begin_object();
   json->key("prompt_tokens").value(stats.prompt_tokens).key("generated_tokens").value(stats.generated_tokens);
   json->key("model_load_start_ms").value(stats.model_load_start_ms);
@@ -173,7 +135,7 @@ void write_stats(const edgerun_stats& stats, edgerun::json::Writer* json) {
 }
 
 int describe() {
-  edgerun::json::Writer json;
+  json::Writer json;
   json.begin_object().key("version").value(edgerun_version());
   write_device(edgerun_threads(), &json);
   return std::printf("%s\n", json.end_object().text().c_str()) < 0 ? 2 : 0;
@@ -184,7 +146,7 @@ int32_t keep_token(int64_t token, void* tokens) {
   return 0;
 }
 
-bool run(Request request) {
+bool run_text(Request request) {
   edgerun_text_session* session = nullptr;
   if (edgerun_text_session_open(request.bundle.c_str(), &request.session, &session) != EDGERUN_OK) {
     return failed_call();
@@ -212,7 +174,7 @@ bool run(Request request) {
                                     keep_token, &tokens, &result) != EDGERUN_OK) {
     return failed_call();
   }
-  edgerun::json::Writer json;
+  json::Writer json;
   json.begin_object().key("schema_version").value(1).key("bundle").value(request.bundle);
   json.key("build").value(info.build);
   write_device(info.threads, &json);
@@ -221,11 +183,35 @@ bool run(Request request) {
   for (const int64_t token : tokens) json.value(token);
   static constexpr const char* kFinishes[] = {"length", "eos", "stop", "cancelled"};
   json.end_array().key("finish").value(kFinishes[result.finish]).end_object();
-  const std::string text = json.text() + "\n";
   if (!logits.empty() && !write_file(request.logits_path, logits.data(), logits.size() * sizeof(float))) return false;
-  if (!request.report_path.empty()) return write_file(request.report_path, text.data(), text.size());
-  const bool printed = std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
-  return printed || fail("the report cannot be written to the standard output");
+  return write_report(request.report_path, json.text());
+}
+
+// The manifest decides what a bundle is; options that belong to the other kind are refused.
+bool run(Request request) {
+  json::Value manifest;
+  if (const edgerun::Status status = edgerun::read_manifest(request.bundle, &manifest); !status.ok()) {
+    return fail(status.message());
+  }
+  std::string kind;
+  const bool is_video = manifest.get("kind").as(&kind) && kind == "video";
+  const std::string& foreign = is_video ? request.text_option : request.video_option;
+  if (!foreign.empty()) return fail(foreign + " is no option for a bundle of kind '" + kind + "': see --help");
+  if (!is_video) {
+    if (!request.has_tokens) return fail("no prompt given: use --tokens or --tokens-file");
+    if (request.has_forced && request.logits_path.empty()) return fail("--force-file needs --logits-out");
+    return run_text(std::move(request));
+  }
+  if (!request.has_tokens && request.video.state_in.empty()) {
+    return fail("no prompt given: use --tokens or --tokens-file");
+  }
+  request.video.bundle = request.bundle;
+  request.video.report_path = request.report_path;
+  request.video.tokens = std::move(request.tokens);
+  request.video.session.verify = request.session.verify;
+  request.video.session.threads = request.session.threads;
+  request.video.generate.seed = request.generate.seed;
+  return run_video(request.video);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// bundle_reader: what a session may believe about a bundle folder. Schema, paths, sizes and hashes are checked
+// bundle_reader: what a session may believe about a text bundle's folder. Schema, paths, sizes and hashes are checked
 // here, before any byte of a program reaches ExecuTorch.
 #pragma once
 
@@ -9,8 +9,6 @@
 #include "csrc/base/status.h"
 
 namespace edgerun {
-
-inline constexpr int64_t kBundleSchemaVersion = 2;  // edgerun/bundle.py has the same
 
 struct BundleInfo {
   std::string path;                    // the bundle folder

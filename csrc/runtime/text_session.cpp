@@ -2,13 +2,13 @@
 
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
-#include <executorch/runtime/kernel/operator_registry.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 
 #include "csrc/ops/dhsa_attention/counters.h"
+#include "csrc/runtime/executorch_errors.h"
 #include "csrc/runtime/executorch_log.h"
 #include "csrc/runtime/process_memory.h"
 #include "csrc/runtime/thread_pool.h"
@@ -31,36 +31,6 @@ struct CountersScope {
   explicit CountersScope(dhsa::Counters* sink) { set_attention_counters(sink); }
   ~CountersScope() { set_attention_counters(nullptr); }
 };
-
-Status executorch_failed(const std::string& what, Error error, const ExecutorchLog& log) {
-  const StatusCode code = error == Error::MemoryAllocationFailed ? StatusCode::kOutOfMemory
-                          : error == Error::InvalidProgram       ? StatusCode::kCorrupt
-                                                                 : StatusCode::kInternal;
-  std::string message = what + ": ExecuTorch says " + executorch::runtime::to_string(error);
-  if (!log.first_error().empty()) message += " (" + log.first_error() + ")";
-  if (error == Error::OperatorMissing) {
-    message += ", 0x14: load the library that defines the program's operators before the bundle";
-  }
-  return Status(code, message);
-}
-
-// Names the operators that nothing in this process defines, before ExecuTorch would fail with 0x14 and no name.
-Status check_operators(const BundleInfo& info) {
-  const auto kernels = executorch::runtime::get_registered_kernels();
-  for (const std::string& op : info.operators) {
-    const bool found = std::any_of(kernels.begin(), kernels.end(), [&](const auto& kernel) {
-      const std::string_view name = kernel.name_;
-      return name == op || (name.substr(0, op.size()) == op && name[op.size()] == '.');
-    });
-    if (found) continue;
-    const bool ours = op.rfind("edgerun::", 0) == 0;
-    return Status(StatusCode::kNotFound,
-                  "the program needs the operator " + op + ", which no loaded library defines: load " +
-                      (ours ? "a libedgerun_ops that has it (update edgerun)" : "the library that defines it") +
-                      " before the bundle");
-  }
-  return Status();
-}
 
 }  // namespace
 
@@ -90,7 +60,7 @@ Status TextSession::open(const std::string& bundle, const SessionOptions& option
 
 Status TextSession::load(const SessionOptions& options) {
   const ExecutorchLog log;
-  if (Status status = check_operators(info_); !status.ok()) return status;
+  if (Status status = check_operators(info_.operators); !status.ok()) return status;
   program_ = std::make_unique<Program>();
   if (Status status = program_->threads.acquire(options.threads); !status.ok()) return status;
   program_->module = std::make_unique<Module>(info_.program_path, Module::LoadMode::Mmap);

@@ -1,4 +1,4 @@
-"""The parts of the runtime that need no program, compiled alone and run: JSON, SHA-256 and the sampler."""
+"""The parts of the runtime that need no program, compiled alone and run: JSON, SHA-256, sampler, block schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ SHA256 = (
     "csrc/base/sha256_arm64.cpp",
     "csrc/base/cpu_features.cpp",
 )
-SOURCES = {"json": ("csrc/base/json.cpp",), "sha256": SHA256, "sampler": ("csrc/runtime/sampler.cpp",)}
+SOURCES = {
+    "json": ("csrc/base/json.cpp",),
+    "sha256": SHA256,
+    "sampler": ("csrc/runtime/sampler.cpp",),
+    "block_schedule": ("csrc/runtime/block_schedule.cpp", "csrc/runtime/block_plan.cpp", "-pthread"),
+}
 DRAWS = 4000
 # Chi-square beyond this many standard deviations over its mean: 5 is one in about a million; the seed is fixed.
 CHI_SQUARE_DEVIATIONS = 5.0
@@ -48,7 +53,21 @@ SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
     """Each as it is, and with what ends it at a fault that it would survive."""
     folder = tmp_path_factory.mktemp("programs")
-    return {name: Program((str(compiled(name, folder, "g++", *request.param)),)) for name in SOURCES}
+    names = ("json", "sha256", "sampler")
+    return {name: Program((str(compiled(name, folder, "g++", *request.param)),)) for name in names}
+
+
+THREAD_SANITIZED = ("-g", "-fsanitize=thread")
+
+
+@pytest.mark.parametrize("options", [(), SANITIZED, THREAD_SANITIZED], ids=["plain", "sanitized", "threads"])
+def test_block_schedule(tmp_path: pathlib.Path, options: tuple[str, ...]) -> None:
+    """Every case of block_schedule_test.cpp; one that hangs ends itself."""
+    program = Program((str(compiled("block_schedule", tmp_path, "g++", *options)),))
+    status, names = program()
+    assert status == 0 and "a_thread_that_dies_is_reported" in names
+    failed = {name: result for name in names.split() if (result := program(name))[0] != 0}
+    assert failed == {}
 
 
 def write(tmp_path: pathlib.Path, content: str | bytes) -> pathlib.Path:

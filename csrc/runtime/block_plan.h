@@ -1,0 +1,41 @@
+// block_plan: how many of a chain's blocks stay in memory, and how many may be loaded ahead, within a number of bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "csrc/base/status.h"
+
+namespace edgerun {
+
+inline constexpr int64_t kUnlimitedBytes = std::numeric_limits<int64_t>::max();
+
+struct BlockCost {
+  int64_t loaded_bytes = 0;   // while it is in memory
+  int64_t loading_bytes = 0;  // at most while it is being loaded; never below loaded_bytes
+};
+
+// What is not a block: values, and what executing needs.
+struct Activations {
+  int64_t bytes = 0;        // while blocks are loaded and executed in turn
+  int64_t ahead_bytes = 0;  // more, for every block that may be loaded ahead of the executing one
+  int64_t with(int64_t prefetch) const { return bytes + prefetch * ahead_bytes; }
+};
+
+struct BlockPlan {
+  size_t resident = 0;   // blocks, from the first on
+  int64_t prefetch = 0;  // blocks ahead of the executing one
+};
+
+// As many blocks ahead as fit in the budget, at most `prefetch`; then as many resident ones.
+BlockPlan plan_blocks(const std::vector<BlockCost>& costs, int64_t prefetch, const Activations& activations,
+                      int64_t budget_bytes);
+
+// kOutOfMemory, with value, limit and next step, when one of the blocks would not fit even alone.
+Status check_fits(const std::vector<BlockCost>& costs, const std::vector<std::string>& names,
+                  const Activations& activations, int64_t budget_bytes);
+
+}  // namespace edgerun

@@ -1,0 +1,263 @@
+#include "csrc/runtime/video_bundle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+#include <utility>
+
+#include "csrc/runtime/bundle_files.h"
+
+namespace edgerun {
+
+namespace {
+
+const json::Value* find_program(const json::Value& manifest, const std::string& name) {
+  for (const json::Value& program : manifest.get("programs").items()) {
+    std::string found;
+    if (program.get("name").as(&found) && found == name) return &program;
+  }
+  return nullptr;
+}
+
+Status read_numbers(const json::Value& list, const std::string& name, std::vector<double>* numbers) {
+  for (const json::Value& item : list.items()) {
+    if (!item.as(&numbers->emplace_back()) || !std::isfinite(numbers->back())) {
+      return corrupt("manifest.json has something else than a number in '" + name + "': export the bundle again");
+    }
+  }
+  return Status();
+}
+
+// A list of rows → row after row.
+Status read_matrix(const json::Value& list, const std::string& name, size_t rows, size_t columns,
+                   std::vector<float>* values) {
+  bool good = list.items().size() == rows;
+  for (const json::Value& row : list.items()) {
+    std::vector<double> numbers;
+    if (Status status = read_numbers(row, name, &numbers); !status.ok()) return status;
+    good = good && numbers.size() == columns;
+    values->insert(values->end(), numbers.begin(), numbers.end());
+  }
+  if (good) return Status();
+  return corrupt("manifest.json: '" + name + "' is not a matrix of " + std::to_string(rows) + " × " +
+                 std::to_string(columns) + ": export the bundle again");
+}
+
+Status read_values(const json::Value& list, const std::string& program, Chain* chain, std::vector<std::string>* names) {
+  for (const json::Value& item : list.items()) {
+    std::string name;
+    if (!item.get("name").as(&name)) {
+      return corrupt("manifest.json: a value of program '" + program + "' has no name: export the bundle again");
+    }
+    names->push_back(name);
+    const std::vector<json::Value>& shape = item.get("shape").items();
+    if (name == "tokens" && shape.size() == 2) {
+      std::string symbol;
+      int64_t fixed = 0;
+      if (shape[1].as(&fixed)) {
+        chain->token_limits = {fixed, fixed};
+      } else if (shape[1].as(&symbol)) {
+        for (const auto& [limited, range] : item.get("limits").members()) {
+          if (limited != symbol || range.items().size() != 2) continue;
+          if (range.items()[0].as(&fixed)) chain->token_limits[0] = fixed;
+          if (range.items()[1].as(&fixed)) chain->token_limits[1] = fixed;
+        }
+      }
+    }
+    if (name == "cosines" && shape.size() == 2) (void)shape[1].as(&chain->head_size);
+  }
+  return Status();
+}
+
+Status read_chain(const json::Value& manifest, const std::string& name, Chain* chain, std::set<std::string>* files) {
+  for (const json::Value& item : manifest.get("chains").get(name).items()) {
+    ChainProgram program;
+    const json::Value* entry = nullptr;
+    if (item.as(&program.name)) entry = find_program(manifest, program.name);
+    if (entry == nullptr) {
+      return corrupt("manifest.json: chain '" + name + "' has '" + program.name +
+                     "', which is none of its programs: export the bundle again");
+    }
+    if (Status status = require(*entry, "file", &program.path); !status.ok()) return status;
+    if (Status status = read_values(entry->get("inputs"), program.name, chain, &program.inputs); !status.ok()) {
+      return status;
+    }
+    if (Status status = read_values(entry->get("outputs"), program.name, chain, &program.outputs); !status.ok()) {
+      return status;
+    }
+    for (const json::Value& op : entry->get("operators").items()) {
+      if (!op.as(&program.operators.emplace_back())) {
+        return corrupt("manifest.json lists an operator that is not a string: export the bundle again");
+      }
+    }
+    int64_t activation_bytes = 0;
+    if (entry->get("activation_bytes").as(&activation_bytes)) {
+      chain->workspace_bytes = std::max(chain->workspace_bytes, activation_bytes);
+    }
+    files->insert(program.path);
+    chain->programs.push_back(std::move(program));
+  }
+  if (!chain->programs.empty()) return Status();
+  return corrupt("manifest.json has no chain '" + name + "': export the bundle again");
+}
+
+Status check_chain(const std::string& name, const Chain& chain, std::set<std::string> given, const std::string& taken) {
+  for (const ChainProgram& program : chain.programs) {
+    for (const std::string& input : program.inputs) {
+      if (given.count(input) > 0) continue;
+      return corrupt("manifest.json: program '" + program.name + "' of chain '" + name + "' takes '" + input +
+                     "', which nothing before it gives: export the bundle again");
+    }
+    given.insert(program.outputs.begin(), program.outputs.end());
+  }
+  const std::vector<std::string>& last = chain.programs.back().outputs;
+  if (std::find(last.begin(), last.end(), taken) != last.end()) return Status();
+  return corrupt("manifest.json: chain '" + name + "' does not end with '" + taken + "': export the bundle again");
+}
+
+Status read_leap(const json::Value& leap, LeapOptions* options) {
+  if (leap.is_null()) return Status();
+  std::string kind;
+  if (Status status = require(leap, "kind", &kind); !status.ok()) return status;
+  if (kind == "fixed") {
+    options->kind = LeapKind::kFixed;
+    if (Status status = require(leap, "evaluations", &options->evaluations); !status.ok()) return status;
+  } else if (kind == "cosine") {
+    options->kind = LeapKind::kCosine;
+    if (Status status = require(leap, "latest_time", &options->latest_time); !status.ok()) return status;
+    if (Status status = require(leap, "tolerance", &options->tolerance); !status.ok()) return status;
+    if (Status status = require(leap, "patience", &options->patience); !status.ok()) return status;
+  } else if (kind != "none") {
+    return corrupt("manifest.json: video.leap.kind is '" + kind +
+                   "'; this edgerun knows none, fixed and cosine: "
+                   "update edgerun");
+  }
+  Status status = check(*options);
+  return status.ok() ? status : corrupt("manifest.json: " + status.message());
+}
+
+Status read_merge(const json::Value& video, VideoBundle* bundle) {
+  const json::Value& merge = video.get("merge");
+  if (merge.is_null()) return Status();
+  if (Status status = require_at_least(0, merge, "steps", &bundle->merge_steps); !status.ok()) return status;
+  const size_t merged = merge.get("matrix").items().size(), frames = static_cast<size_t>(bundle->latent_frames);
+  if (merged == 0 && bundle->merge_steps == 0) return Status();
+  std::vector<double> positions;
+  if (Status status = read_matrix(merge.get("matrix"), "video.merge.matrix", merged, frames, &bundle->merge.merge);
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = read_matrix(merge.get("unmerge"), "video.merge.unmerge", frames, merged, &bundle->merge.unmerge);
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = read_numbers(merge.get("positions"), "video.merge.positions", &positions); !status.ok()) {
+    return status;
+  }
+  if (positions.size() != merged || merged == 0) {
+    return corrupt("manifest.json: video.merge has " + std::to_string(positions.size()) + " positions for " +
+                   std::to_string(merged) + " merged frames: export the bundle again");
+  }
+  bundle->merge.positions.assign(positions.begin(), positions.end());
+  bundle->merge.merged = static_cast<int64_t>(merged);
+  return Status();
+}
+
+// Frequencies of the rotary embedding: the manifest's, or 10000^(-2 i / head size).
+Status read_rotary(const json::Value& video, VideoBundle* bundle) {
+  const int64_t head_size = bundle->denoiser.head_size;
+  if (head_size == 0) return Status();
+  std::vector<double> numbers;
+  if (Status status = read_numbers(video.get("rotary.frequencies"), "video.rotary.frequencies", &numbers);
+      !status.ok()) {
+    return status;
+  }
+  for (int64_t i = 0; numbers.empty() && i < head_size / 2; ++i) {
+    bundle->rotary_frequencies.push_back(
+        static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(head_size))));
+  }
+  bundle->rotary_frequencies.insert(bundle->rotary_frequencies.end(), numbers.begin(), numbers.end());
+  if (static_cast<int64_t>(bundle->rotary_frequencies.size()) == head_size / 2) return Status();
+  return corrupt("manifest.json: video.rotary has " + std::to_string(numbers.size()) + " frequencies for heads of " +
+                 std::to_string(head_size) + ": export the bundle again");
+}
+
+Status read_video(const json::Value& video, VideoBundle* bundle) {
+  const std::pair<const char*, int64_t*> sizes[] = {{"frames", &bundle->frames},
+                                                    {"height", &bundle->height},
+                                                    {"width", &bundle->width},
+                                                    {"latent.channels", &bundle->channels},
+                                                    {"latent.frames", &bundle->latent_frames},
+                                                    {"latent.height", &bundle->latent_height},
+                                                    {"latent.width", &bundle->latent_width},
+                                                    {"decoder.latents_per_chunk", &bundle->latents_per_chunk},
+                                                    {"decoder.frames_per_chunk", &bundle->frames_per_chunk}};
+  for (const auto& [name, target] : sizes) {
+    if (Status status = require_at_least(1, video, name, target); !status.ok()) return status;
+  }
+  if (Status status = require(video, "fps", &bundle->fps); !status.ok()) return status;
+  if (Status status = require(video, "guidance", &bundle->guidance); !status.ok()) return status;
+  if (Status status = read_numbers(video.get("times"), "video.times", &bundle->times); !status.ok()) return status;
+  if (bundle->times.empty()) return corrupt("manifest.json has no usable 'video.times': export the bundle again");
+  const int64_t chunks = (bundle->latent_frames + bundle->latents_per_chunk - 1) / bundle->latents_per_chunk;
+  if ((bundle->frames + bundle->frames_per_chunk - 1) / bundle->frames_per_chunk != chunks) {
+    return corrupt("manifest.json: " + std::to_string(bundle->frames) + " frames and " +
+                   std::to_string(bundle->latent_frames) + " latents are not the same number of chunks: export again");
+  }
+  if (Status status = read_leap(video.get("leap"), &bundle->leap); !status.ok()) return status;
+  if (Status status = read_merge(video, bundle); !status.ok()) return status;
+  return read_rotary(video, bundle);
+}
+
+}  // namespace
+
+Status check(const LeapOptions& options) {
+  const auto invalid = [](const std::string& message) { return Status(StatusCode::kInvalidArgument, message); };
+  if (options.kind == LeapKind::kFixed && options.evaluations < 1) {
+    return invalid("a leap after " + std::to_string(options.evaluations) + " evaluations: give at least 1");
+  }
+  if (options.kind != LeapKind::kCosine) return Status();
+  if (!(options.latest_time > 0.0 && options.latest_time <= 1.0) || options.patience < 1 ||
+      !std::isfinite(options.tolerance)) {
+    return invalid("a cosine leap has latest_time " + std::to_string(options.latest_time) + " and patience " +
+                   std::to_string(options.patience) + ": it needs 0 < latest_time <= 1 and patience >= 1");
+  }
+  return Status();
+}
+
+Status read_video_bundle(const std::string& path, bool verify, VideoBundle* bundle) {
+  *bundle = VideoBundle();
+  bundle->path = path;
+  json::Value manifest;
+  if (Status status = read_manifest(path, &manifest); !status.ok()) return status;
+  if (Status status = check_schema(manifest, "video"); !status.ok()) return status;
+  if (Status status = require(manifest, "build", &bundle->build); !status.ok()) return status;
+  std::set<std::string> names;
+  struct Part {
+    const char* name;
+    Chain* chain;
+    std::set<std::string> given;
+    const char* taken;
+  };
+  const Part parts[] = {
+      {"text_encoder", &bundle->text_encoder, {"tokens"}, "y"},
+      {"denoiser", &bundle->denoiser, {"x", "time", "fps", "y", "merge", "unmerge", "cosines", "sines"}, "v"},
+      {"decoder", &bundle->decoder, {"z"}, "frames"}};
+  for (const Part& part : parts) {
+    if (Status status = read_chain(manifest, part.name, part.chain, &names); !status.ok()) return status;
+    if (Status status = check_chain(part.name, *part.chain, part.given, part.taken); !status.ok()) return status;
+  }
+  if (Status status = read_video(manifest.get("video"), bundle); !status.ok()) return status;
+  std::map<std::string, BundleFile> files;
+  if (Status status = check_files(manifest, path, names, verify, &files); !status.ok()) return status;
+  for (const Part& part : parts) {
+    for (ChainProgram& program : part.chain->programs) {
+      program.bytes = files[program.path].bytes;
+      program.path = files[program.path].path;
+    }
+  }
+  return Status();
+}
+
+}  // namespace edgerun

@@ -1,0 +1,445 @@
+#include "csrc/runtime/video_session.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "csrc/base/json.h"
+#include "csrc/runtime/block_report.h"
+#include "csrc/runtime/executorch_log.h"
+#include "csrc/runtime/process_memory.h"
+#include "csrc/runtime/video_state.h"
+
+namespace edgerun {
+
+namespace {
+
+// What a run's heap, the libraries' pages and the threads' stacks may grow by beyond what is counted.
+constexpr int64_t kReserveBytes = int64_t{8} << 20;
+constexpr const char* kStageNames[] = {"encode", "denoise", "decode"};
+constexpr const char* kChainNames[] = {"text_encoder", "denoiser", "decoder"};
+
+double now_ms() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double, std::milli>(now).count();
+}
+
+Status invalid(const std::string& message) { return Status(StatusCode::kInvalidArgument, message); }
+Status cancelled_status() { return Status(StatusCode::kCancelled, "cancelled"); }
+
+const Chain& chain_of(const VideoBundle& bundle, VideoStage stage) {
+  return stage == VideoStage::kEncode    ? bundle.text_encoder
+         : stage == VideoStage::kDenoise ? bundle.denoiser
+                                         : bundle.decoder;
+}
+
+bool takes(const BlockLoader& loader, const std::string& name) {
+  return std::any_of(loader.programs().begin(), loader.programs().end(), [&](const ChainProgram& program) {
+    return std::find(program.inputs.begin(), program.inputs.end(), name) != program.inputs.end();
+  });
+}
+
+Status set_floats(BlockLoader* loader, const std::string& name, std::vector<int64_t> sizes,
+                  const std::vector<float>& values) {
+  return loader->set(name, ElementType::kFloat32, std::move(sizes), values.data());
+}
+
+Status wrong_output(const std::string& name, const Value& value, const std::string& expected) {
+  std::string sizes;
+  for (const int64_t size : value.sizes) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  return Status(StatusCode::kCorrupt,
+                "'" + name + "' came out as [" + sizes + "], not as " + expected + ": export the bundle again");
+}
+
+}  // namespace
+
+// One run at a time: taken at its start, given back at its end however it ends.
+class VideoSession::Turn {
+ public:
+  explicit Turn(VideoSession* session) : session_(session) {
+    Run idle = Run::kIdle;
+    taken_ = session_->run_.compare_exchange_strong(idle, Run::kRunning);
+  }
+  ~Turn() {
+    if (taken_) session_->run_ = Run::kIdle;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  bool taken() const { return taken_; }
+
+ private:
+  VideoSession* session_;
+  bool taken_ = false;
+};
+
+Status VideoSession::open(const std::string& bundle, const VideoOptions& options,
+                          std::unique_ptr<VideoSession>* session) {
+  if (options.prefetch < 0 || options.memory_limit_bytes < 0) {
+    return invalid("prefetch is " + std::to_string(options.prefetch) + " and the memory limit " +
+                   std::to_string(options.memory_limit_bytes) + " bytes; both must be 0 or above");
+  }
+  std::unique_ptr<VideoSession> opened(new VideoSession());
+  opened->options_ = options;
+  opened->memory_limit_bytes_ = options.memory_limit_bytes;
+  if (Status status = read_video_bundle(bundle, options.verify, &opened->bundle_); !status.ok()) return status;
+  {
+    const ExecutorchLog quiet;  // the pool is made or changed, which is no error to report
+    if (Status status = opened->threads_.acquire(options.threads); !status.ok()) return status;
+    (void)pool_threads();
+  }
+  // Everything that can be known now fails now, not after minutes: programs, operators, and a limit below a block.
+  for (const VideoStage stage : {VideoStage::kEncode, VideoStage::kDenoise, VideoStage::kDecode}) {
+    std::unique_ptr<BlockLoader> loader;
+    if (Status status = opened->open_chain(stage, 0, nullptr, &loader); !status.ok()) return status;
+  }
+  *session = std::move(opened);
+  return Status();
+}
+
+// ---- chains
+
+Status VideoSession::budget(int64_t reserve_bytes, int64_t* bytes) const {
+  *bytes = kUnlimitedBytes;
+  if (memory_limit_bytes_ == 0) return Status();
+  release_free_memory();
+  const ResidentBytes resident = resident_bytes();
+  if (resident.anonymous < 0) {
+    return invalid("this system does not tell how much memory the process has: leave the memory limit out");
+  }
+  const int64_t base = resident.anonymous + resident.file + kReserveBytes + reserve_bytes;
+  *bytes = memory_limit_bytes_ - base;
+  if (*bytes > 0) return Status();
+  return Status(StatusCode::kOutOfMemory, "a memory limit of " + std::to_string(memory_limit_bytes_) +
+                                              " bytes is below the " + std::to_string(base) +
+                                              " that the process takes without a model: raise it");
+}
+
+Status VideoSession::open_chain(VideoStage stage, int64_t reserve_bytes, const VideoRun* run,
+                                std::unique_ptr<BlockLoader>* loader) {
+  const Chain& chain = chain_of(bundle_, stage);
+  BlockLoaderOptions options;
+  options.prefetch = options_.prefetch;
+  options.workspace_bytes = chain.workspace_bytes;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (Status status = budget(reserve_bytes, &options.budget_bytes); !status.ok()) return status;
+  }
+  if (run != nullptr) {
+    options.keep_going = [this, run] {
+      return run_.load(std::memory_order_relaxed) != Run::kCancelled && (!run->keep_going || run->keep_going());
+    };
+  }
+  return of_limit(stage, options.budget_bytes, BlockLoader::open(chain.programs, options, loader));
+}
+
+// What does not fit a budget is said of the memory limit, which is what the caller knows.
+Status VideoSession::of_limit(VideoStage stage, int64_t budget_bytes, Status status) const {
+  if (status.code() != StatusCode::kOutOfMemory || budget_bytes == kUnlimitedBytes) return status;
+  return Status(StatusCode::kOutOfMemory, "of a memory limit of " + std::to_string(memory_limit_bytes_) + " bytes, " +
+                                              std::to_string(budget_bytes) + " are left for the " +
+                                              kChainNames[static_cast<int>(stage)] + ": " + status.message());
+}
+
+template <typename Body>
+Status VideoSession::with_chain(VideoStage stage, int64_t reserve_bytes, const VideoRun& run, const Body& body) {
+  const double begin_ms = now_ms();
+  std::unique_ptr<BlockLoader> loader;
+  if (Status status = open_chain(stage, reserve_bytes, &run, &loader); !status.ok()) return status;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    active_ = loader.get();
+    if (memory_limit_bytes_ > 0) active_base_bytes_ = memory_limit_bytes_ - loader->schedule().budget_bytes();
+  }
+  Status status = of_limit(stage, loader->schedule().budget_bytes(), body(loader.get()));
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    active_ = nullptr;
+  }
+  Stage& stats = stages_[static_cast<int>(stage)];
+  json::Writer json;
+  write_chain(loader->schedule(), loader->programs(), loader->activation_bytes(), &json);
+  stats.chain = json.text();
+  loader.reset();
+  release_free_memory();
+  stats.wall_ms = now_ms() - begin_ms;
+  return status;
+}
+
+void VideoSession::cancel() {
+  Run running = Run::kRunning;
+  if (!run_.compare_exchange_strong(running, Run::kCancelled)) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (active_ != nullptr) active_->cancel();
+}
+
+Status VideoSession::set_memory_limit(int64_t bytes) {
+  if (bytes <= 0) return invalid("the memory limit is " + std::to_string(bytes) + " bytes; it must be above 0");
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (active_ != nullptr) {
+    if (memory_limit_bytes_ == 0) {
+      return invalid(
+          "the run began without a memory limit, so it measured no block: give one when opening the session");
+    }
+    if (Status status = active_->set_budget(bytes - active_base_bytes_); !status.ok()) return status;
+  }
+  memory_limit_bytes_ = bytes;
+  return Status();
+}
+
+// ---- a run
+
+Status VideoSession::settings(const VideoRun& run, Settings* settings) const {
+  *settings = {run.guidance.value_or(bundle_.guidance), run.times.value_or(bundle_.times),
+               run.leap.value_or(bundle_.leap), run.merge_steps.value_or(bundle_.merge_steps)};
+  if (!std::isfinite(settings->guidance)) return invalid("the guidance is not a finite number: give one, as 7");
+  for (size_t i = 0; i < settings->times.size(); ++i) {
+    const double time = settings->times[i];
+    if (time > 0.0 && time <= 1.0 && (i == 0 || time < settings->times[i - 1])) continue;
+    return invalid("time " + std::to_string(i) + " is " + std::to_string(time) +
+                   "; times fall from at most 1 to above 0: give them in that order");
+  }
+  if (settings->times.empty()) return invalid("there are 0 times: give at least one");
+  if (Status status = check(settings->leap); !status.ok()) return status;
+  if (settings->merge_steps < 0 || (settings->merge_steps > 0 && bundle_.merge.merged == 0)) {
+    return invalid("merge_steps is " + std::to_string(settings->merge_steps) + "; " +
+                   (bundle_.merge.merged == 0 ? "the bundle was exported without merging: give 0, or export it with"
+                                              : "it must be 0 or above"));
+  }
+  return Status();
+}
+
+Status VideoSession::check_tokens(std::span<const int64_t> tokens) const {
+  const auto count = static_cast<int64_t>(tokens.size());
+  const auto [least, most] = bundle_.text_encoder.token_limits;
+  if (count < std::max<int64_t>(least, 1) || (most > 0 && count > most)) {
+    return invalid("the prompt has " + std::to_string(count) + " tokens; the bundle takes " +
+                   std::to_string(std::max<int64_t>(least, 1)) + " to " + std::to_string(most) +
+                   (count < least ? ": give some text" : ": shorten it"));
+  }
+  for (const int64_t token : tokens) {
+    if (token < 0) return invalid("token " + std::to_string(token) + " is below 0: use the bundle's own tokenizer");
+  }
+  return Status();
+}
+
+Status VideoSession::progress(const VideoRun& run, VideoStage stage, int64_t done, int64_t total, double time) const {
+  const bool going = run_.load(std::memory_order_relaxed) != Run::kCancelled;
+  if (!going) return cancelled_status();
+  if (!run.on_progress) return Status();
+  return run.on_progress({stage, done, total, evaluations_, time, now_ms() - begin_ms_}) ? Status()
+                                                                                         : cancelled_status();
+}
+
+Status VideoSession::encode(std::span<const int64_t> tokens, const VideoRun& run) {
+  if (Status status = progress(run, VideoStage::kEncode, 0, 1, 1.0); !status.ok()) return status;
+  return with_chain(VideoStage::kEncode, 0, run, [&](BlockLoader* loader) -> Status {
+    const std::vector<int64_t> sizes = {1, static_cast<int64_t>(tokens.size())};
+    if (Status status = loader->set("tokens", ElementType::kInt64, sizes, tokens.data()); !status.ok()) return status;
+    if (Status status = loader->run(false); !status.ok()) return status;
+    y_ = std::move((*loader->values())["y"]);
+    if (y_.type == ElementType::kFloat32 && y_.sizes.size() == 3 && y_.sizes[0] == 1) return Status();
+    return wrong_output("y", y_, "[1, tokens, channels]");
+  });
+}
+
+// The guided velocity at `time`, to velocity_.
+Status VideoSession::evaluate(BlockLoader* loader, double time, bool merged, double guidance, bool more_follow) {
+  const int64_t elements = bundle_.latent_elements(), frames = bundle_.latent_frames;
+  const std::vector<int64_t> sizes = {2, bundle_.channels, frames, bundle_.latent_height, bundle_.latent_width};
+  std::vector<float> twice(x_);
+  twice.insert(twice.end(), x_.begin(), x_.end());
+  if (Status status = set_floats(loader, "x", sizes, twice); !status.ok()) return status;
+  twice.clear();
+  twice.shrink_to_fit();
+  const auto both = [&](const char* name, double value) {
+    return set_floats(loader, name, {2}, std::vector<float>(2, static_cast<float>(value)));
+  };
+  if (Status status = both("time", time); !status.ok()) return status;
+  if (Status status = both("fps", bundle_.fps); !status.ok()) return status;
+  if (Status status = loader->set("y", y_.type, y_.sizes, y_.data.get()); !status.ok()) return status;
+  if (takes(*loader, "merge") || takes(*loader, "unmerge") || takes(*loader, "cosines") || takes(*loader, "sines")) {
+    MergeMatrices identity;
+    if (!merged) {
+      identity.merged = frames;
+      identity.merge.assign(static_cast<size_t>(frames * frames), 0.0f);
+      for (int64_t i = 0; i < frames; ++i) {
+        identity.merge[static_cast<size_t>(i * frames + i)] = 1.0f;
+        identity.positions.push_back(static_cast<float>(i));
+      }
+      identity.unmerge = identity.merge;
+    }
+    const MergeMatrices& matrices = merged ? bundle_.merge : identity;
+    std::vector<float> cosines, sines;
+    rotary_angles(matrices.positions, bundle_.rotary_frequencies, &cosines, &sines);
+    const int64_t count = matrices.merged, head_size = bundle_.denoiser.head_size;
+    Status status = set_floats(loader, "merge", {count, frames}, matrices.merge);
+    if (status.ok()) status = set_floats(loader, "unmerge", {frames, count}, matrices.unmerge);
+    if (status.ok()) status = set_floats(loader, "cosines", {count, head_size}, cosines);
+    if (status.ok()) status = set_floats(loader, "sines", {count, head_size}, sines);
+    if (!status.ok()) return status;
+  }
+  if (Status status = loader->run(more_follow); !status.ok()) return status;
+  const Value& v = (*loader->values())["v"];
+  if (v.type != ElementType::kFloat32 || v.sizes != sizes) return wrong_output("v", v, "two latents");
+  velocity_.assign(v.floats(), v.floats() + elements);
+  guide(velocity_, {v.floats() + elements, static_cast<size_t>(elements)}, static_cast<float>(guidance));
+  ++evaluations_;
+  for (const float value : velocity_) {
+    if (!std::isfinite(value)) {
+      return Status(StatusCode::kInternal, "the velocity at time " + std::to_string(time) +
+                                               " is not finite: the program overflowed; validate the bundle");
+    }
+  }
+  return Status();
+}
+
+Status VideoSession::denoise(const VideoRun& run, const Settings& settings) {
+  const auto steps = static_cast<int64_t>(settings.times.size());
+  if (next_step_ >= steps) return Status();
+  return with_chain(VideoStage::kDenoise, 0, run, [&](BlockLoader* loader) -> Status {
+    while (next_step_ < steps) {
+      const auto index = static_cast<size_t>(next_step_);
+      const double time = settings.times[index], begin_ms = now_ms();
+      if (Status status = progress(run, VideoStage::kDenoise, next_step_, steps, time); !status.ok()) return status;
+      const bool last = next_step_ + 1 == steps, merged = next_step_ < settings.merge_steps;
+      const bool more_follow = !last && !rule_->leaps_next();
+      if (Status status = evaluate(loader, time, merged, settings.guidance, more_follow); !status.ok()) return status;
+      const bool leaps = rule_->observe(time, velocity_);
+      const double following = last || leaps ? 0.0 : settings.times[index + 1];
+      euler_step(x_, velocity_, static_cast<float>(time - following));
+      next_step_ = leaps ? steps : next_step_ + 1;
+      steps_.push_back({time, now_ms() - begin_ms, merged});
+    }
+    return Status();
+  });
+}
+
+Status VideoSession::decode(const VideoRun& run) {
+  const int64_t chunks = (bundle_.latent_frames + bundle_.latents_per_chunk - 1) / bundle_.latents_per_chunk;
+  const int64_t plane = bundle_.latent_height * bundle_.latent_width, pixels = bundle_.height * bundle_.width;
+  // The caller's frames may not be in RAM yet.
+  return with_chain(VideoStage::kDecode, bundle_.frame_bytes(), run, [&](BlockLoader* loader) -> Status {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      if (Status status = progress(run, VideoStage::kDecode, chunk, chunks, 0.0); !status.ok()) return status;
+      const int64_t first = chunk * bundle_.latents_per_chunk;
+      const int64_t count = std::min(bundle_.latents_per_chunk, bundle_.latent_frames - first);
+      std::vector<float> z;
+      for (int64_t channel = 0; channel < bundle_.channels; ++channel) {
+        const float* const start = x_.data() + (channel * bundle_.latent_frames + first) * plane;
+        z.insert(z.end(), start, start + count * plane);
+      }
+      const std::vector<int64_t> sizes = {1, bundle_.channels, count, bundle_.latent_height, bundle_.latent_width};
+      if (Status status = set_floats(loader, "z", sizes, z); !status.ok()) return status;
+      if (Status status = loader->run(chunk + 1 < chunks); !status.ok()) return status;
+      const Value& frames = (*loader->values())["frames"];
+      const int64_t before = chunk * bundle_.frames_per_chunk;
+      const int64_t wanted = std::min(bundle_.frames_per_chunk, bundle_.frames - before);
+      if (frames.type != ElementType::kFloat32 || frames.sizes.size() != 4 || frames.sizes[0] != 3 ||
+          frames.sizes[1] < wanted || frames.sizes[2] != bundle_.height || frames.sizes[3] != bundle_.width) {
+        return wrong_output("frames", frames,
+                            "[3, " + std::to_string(wanted) + " or more, " + std::to_string(bundle_.height) + ", " +
+                                std::to_string(bundle_.width) + "]");
+      }
+      to_pixels({frames.floats(), static_cast<size_t>(frames.bytes() / 4)}, frames.sizes[1], frames.sizes[1] - wanted,
+                wanted, pixels, run.frames_out + 3 * before * pixels);
+    }
+    return progress(run, VideoStage::kDecode, chunks, chunks, 0.0);
+  });
+}
+
+Status VideoSession::generate_running(std::span<const int64_t> tokens, const VideoRun& run) {
+  Settings chosen;
+  if (Status status = settings(run, &chosen); !status.ok()) return status;
+  const auto elements = static_cast<size_t>(bundle_.latent_elements());
+  if (!run.noise.empty() && run.noise.size() != elements) {
+    return invalid("the noise has " + std::to_string(run.noise.size()) + " numbers; the latent has " +
+                   std::to_string(elements) + ": give as many");
+  }
+  if (run.state.empty()) {
+    if (Status status = check_tokens(tokens); !status.ok()) return status;
+  }
+  begin_ms_ = now_ms();
+  steps_.clear();
+  for (Stage& stage : stages_) stage = Stage();
+  has_state_ = false;
+  next_step_ = evaluations_ = 0;
+  rule_.emplace(chosen.leap);
+  if (!run.state.empty()) {
+    if (Status status = restore(run.state, chosen.times.size()); !status.ok()) return status;
+  } else {
+    if (Status status = encode(tokens, run); !status.ok()) return status;
+    x_.resize(elements);
+    run.noise.empty() ? fill_noise(run.seed, x_) : (void)std::copy(run.noise.begin(), run.noise.end(), x_.begin());
+  }
+  has_state_ = true;
+  if (Status status = denoise(run, chosen); !status.ok()) return status;
+  if (run.latent_out != nullptr) std::copy(x_.begin(), x_.end(), run.latent_out);
+  return run.frames_out == nullptr ? Status() : decode(run);
+}
+
+Status VideoSession::generate(std::span<const int64_t> tokens, const VideoRun& run, bool* cancelled) {
+  const Turn turn(this);
+  if (!turn.taken()) return invalid("the session is running another call: wait for it, or cancel it");
+  *cancelled = false;
+  Status status = generate_running(tokens, run);
+  if (status.code() != StatusCode::kCancelled) return status;
+  *cancelled = true;
+  return Status();
+}
+
+// ---- what is left of it
+
+std::vector<uint8_t> VideoSession::state() const {
+  if (!has_state_) return {};
+  return pack_state({bundle_.build, next_step_, evaluations_, x_, y_.sizes,
+                     std::vector<float>(y_.floats(), y_.floats() + y_.bytes() / 4), rule_->state()});
+}
+
+Status VideoSession::restore(std::span<const uint8_t> bytes, size_t steps) {
+  VideoState state;
+  if (Status status = unpack_state(bytes, &state); !status.ok()) return status;
+  if (state.build != bundle_.build || state.x.size() != static_cast<size_t>(bundle_.latent_elements())) {
+    return invalid("the saved state is of build " + state.build.substr(0, 16) + "…, this bundle is of " +
+                   bundle_.build.substr(0, 16) + "…: go on with the bundle that it was made with");
+  }
+  if (state.next_step > static_cast<int64_t>(steps)) {
+    return invalid("the saved state is after step " + std::to_string(state.next_step) + ", this run has " +
+                   std::to_string(steps) + ": give the times that it was made with");
+  }
+  next_step_ = state.next_step;
+  evaluations_ = state.evaluations;
+  x_ = std::move(state.x);
+  y_.resize(ElementType::kFloat32, state.y_sizes);
+  std::memcpy(y_.data.get(), state.y.data(), state.y.size() * sizeof(float));
+  rule_->set_state(std::move(state.leap));
+  return Status();
+}
+
+std::string VideoSession::report() const {
+  json::Writer json;
+  json.begin_object().key("evaluations").value(evaluations_);
+  json.key("memory_limit_bytes");
+  memory_limit_bytes_ == 0 ? json.null() : json.value(memory_limit_bytes_);
+  json.key("peak_rss_bytes");
+  const int64_t peak = peak_rss_bytes();
+  peak < 0 ? json.null() : json.value(peak);
+  json.key("steps").begin_array();
+  for (const Step& step : steps_) {
+    json.begin_object().key("time").value(step.time).key("wall_ms").value(step.wall_ms);
+    json.key("merged").value(step.merged).end_object();
+  }
+  json.end_array().key("stages").begin_object();
+  for (int i = 0; i < 3; ++i) {
+    json.key(kStageNames[i]);
+    if (stages_[i].chain.empty()) {
+      json.null();
+      continue;
+    }
+    json.begin_object().key("wall_ms").value(stages_[i].wall_ms).key("chain").raw(stages_[i].chain).end_object();
+  }
+  return json.end_object().end_object().text();
+}
+
+}  // namespace edgerun
