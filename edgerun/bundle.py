@@ -80,13 +80,15 @@ class Bundle:
     manifest: dict[str, Any]
 
     @staticmethod
-    def open(path: pathlib.Path, verify: bool = True) -> Bundle:
+    def open(path: pathlib.Path, verify: bool = True, kind: str | None = None) -> Bundle:
         """Open and check a bundle: schema, paths, sizes and, with `verify`, sha256 of every file.
 
-        Raises BundleError when anything is not as the manifest says.
+        kind: "text" or "video", where only one will do. Raises BundleError when anything is not as the manifest says.
         """
         path = pathlib.Path(path)
         manifest = _read_manifest(path)
+        if kind is not None:
+            Bundle(path, manifest).require_kind(kind)
         for name, facts in manifest["files"].items():
             _check_file(path, name, facts, verify)
         for entry in [*manifest["programs"], *manifest["golden"]]:
@@ -144,6 +146,11 @@ class Bundle:
     def golden_cases(self) -> list[GoldenCase]:
         """The golden cases, in the manifest's order."""
         return [GoldenCase.load(self.path / str(case["file"])) for case in self.manifest["golden"]]
+
+
+def kind_of(path: pathlib.Path) -> str:
+    """ "text" or "video", by the manifest alone. Raises BundleError for what is no bundle."""
+    return str(_read_manifest(pathlib.Path(path))["kind"])
 
 
 class BundleWriter:

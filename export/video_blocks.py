@@ -78,7 +78,7 @@ class Geometry:
             recipe.max_prompt_tokens or source.denoiser.model_max_length,
             steps,
             settings.guidance if recipe.guidance is None else recipe.guidance,
-            settings.fps,
+            float(settings.fps),
             times(steps, shift_ratio((height, width), frames, settings.schedule_base, chunk)),
         )
 

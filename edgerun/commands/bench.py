@@ -98,7 +98,7 @@ def bench_bundles(
     """
     from edgerun.bundle import Bundle
 
-    bundles = [Bundle.open(path) for path in paths]
+    bundles = [Bundle.open(path, kind="text") for path in paths]
     context = min(int(bundle.manifest["context"]["max_context"]) for bundle in bundles)
     vocabulary = min(int(bundle.manifest["tokens"]["vocab_size"]) for bundle in bundles)
     workloads = workloads_within(context, prompt_tokens, new_tokens)

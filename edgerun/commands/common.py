@@ -24,6 +24,7 @@ from edgerun.report import Report, Step, to_text
 if TYPE_CHECKING:
     from edgerun.bundle import Bundle
     from edgerun.memory_plan import MemoryPlan
+    from edgerun.video_recipe import VideoRecipe
 
 GOOD, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -41,6 +42,16 @@ class Exporter(Protocol):
         out: pathlib.Path,
         *,
         memory_limit_bytes: int | None = None,
+        overwrite: bool = False,
+        progress: StageProgress | None = None,
+    ) -> Bundle: ...
+
+    def export_video_bundle(
+        self,
+        checkpoint: pathlib.Path,
+        recipe: VideoRecipe,
+        out: pathlib.Path,
+        *,
         overwrite: bool = False,
         progress: StageProgress | None = None,
     ) -> Bundle: ...
@@ -105,6 +116,13 @@ def positive(text: str) -> int:
     """A whole number of at least 1. Raises ArgumentTypeError for anything else."""
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0. Raises ArgumentTypeError for anything else."""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 

@@ -265,14 +265,14 @@ def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[C
             raise EdgerunError("--budgets needs --engine eager: a bundle has the one budget it was exported with")
         others = [] if arguments.against is None else [pathlib.Path(arguments.against)]
         # An eager answer has the build of its recipe too: without the word a record would hand it to the bundle.
-        return [Contender(p.stem, p, None, f"bundle {Bundle.open(p).build}") for p in (*others, path)], ()
+        return [Contender(p.stem, p, None, f"bundle {Bundle.open(p, kind='text').build}") for p in (*others, path)], ()
     checks: tuple[Check, ...] = ()
     if is_bundle:
         if arguments.checkpoint is None:
             raise EdgerunError(
                 "--engine eager needs the weights: pass --checkpoint with the folder the bundle was made of"
             )
-        bundle, path = Bundle.open(path), checkpoint_path(arguments.checkpoint)
+        bundle, path = Bundle.open(path, kind="text"), checkpoint_path(arguments.checkpoint)
         recipe, checks = bundle.recipe, agreement(bundle, path)
     else:
         recipe = recipe_from(arguments)

@@ -1,12 +1,13 @@
-"""Turn a Hugging Face checkpoint into a bundle, verified against the model before it gets its name.
+"""Turn a checkpoint into a bundle, verified against the model before it gets its name.
 
-CHECKPOINT is a folder with config.json, safetensors and tokenizer files of a decoder-only model; "zoo:text" is the
-model that ships with edgerun.
+CHECKPOINT is a folder with config.json, safetensors and tokenizer files of a decoder-only model, or one with denoiser/,
+vae/ and text_encoder/ of a text-to-video model (Open-Sora v1.2's parts); "zoo:text" is the model that ships with it.
 
 examples
   edgerun export zoo:text -o text.edgerun
   edgerun export ./Llama-3.2-1B -o llama.edgerun --quantize 8da4w --max-context 16384
   edgerun export ./Llama-3.2-1B -o llama.edgerun --dry-run --memory-limit 2GiB      what would it need?
+  edgerun export ./Open-Sora -o clip.edgerun --frames 51 --height 144 --width 256 --lpl 18 --tdtm 15
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import pathlib
 
+from edgerun.commands import video
 from edgerun.commands.common import (
     GOOD,
     Tools,
@@ -28,6 +30,7 @@ from edgerun.commands.common import (
     stage_bar,
 )
 from edgerun.errors import ExportError
+from edgerun.recipe import Recipe
 from edgerun.report import Column, Table
 
 SUMMARY = "a checkpoint becomes a bundle"
@@ -44,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `edgerun export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint, or zoo:text")
     parser.add_argument("-o", "--output", type=pathlib.Path, metavar="NAME.edgerun", help="the bundle to make")
+    parser.add_argument(
+        "--kind", choices=("auto", "text", "video"), default="auto", help="of the checkpoint; auto: by its folders"
+    )
     add_recipe_options(parser)
+    video.add_export_options(parser)
     place = parser.add_argument_group("where and how")
     place.add_argument("--memory-limit", type=byte_size, metavar="SIZE", help="refuse what needs more to run, as 4GiB")
     place.add_argument("--dry-run", action="store_true", help="print the memory plan and stop")
@@ -54,9 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun export`."""
-    checkpoint, recipe = checkpoint_path(arguments.checkpoint), recipe_from(arguments)
+    checkpoint = checkpoint_path(arguments.checkpoint)
     if arguments.output is None and not arguments.dry_run:
         raise ExportError("no --output is given: pass -o NAME.edgerun, or --dry-run for the memory plan alone")
+    if _kind(arguments, checkpoint) == "video":
+        if recipe_from(arguments) != Recipe():
+            raise ExportError("a text model's options are given for a video model: leave them out (--help has both)")
+        return video.export(arguments, tools, checkpoint)
+    recipe = recipe_from(arguments)
     exporter = tools.exporter()
     report = begin_report("export", f"edgerun export: {arguments.checkpoint}", tools.command)
     if arguments.dry_run:
@@ -84,6 +96,12 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     tables = (plan_table(plan_or_none),) if plan_or_none else ()
     emit(dataclasses.replace(report, facts=facts, tables=tables), arguments)
     return GOOD
+
+
+def _kind(arguments: argparse.Namespace, checkpoint: pathlib.Path) -> str:
+    if arguments.kind != "auto":
+        return str(arguments.kind)
+    return "video" if video.is_video_checkpoint(checkpoint) else "text"
 
 
 def plan_table(plan: dict[str, int | None]) -> Table:

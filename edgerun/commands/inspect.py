@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import pathlib
+from typing import Any
 
 from edgerun.bundle import Bundle
 from edgerun.commands.common import Tools, add_output_options, begin_report, emit
@@ -35,8 +36,7 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
     """The bundle's facts as a report. Raises BundleError when it is damaged."""
     manifest = Bundle.open(path).manifest
     report = begin_report("inspect", f"edgerun inspect: {path}", command)
-    recipe, context, source = manifest["recipe"], manifest["context"], manifest["source"]
-    kinds = collections.Counter(layer["kind"] for layer in manifest["attention"]["layers"])
+    source = manifest["source"]
     facts: list[tuple[str, Cell]] = [
         ("build", manifest["build"]),
         (
@@ -44,12 +44,11 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
             f"{source.get('model_type')} ({source.get('architecture')}), sha256 {str(source.get('sha256'))[:16]}",
         ),
         ("made by", f"edgerun {manifest.get('edgerun_version')}"),
-        ("context", f"{context['max_context']:,} tokens, at most {context['prefill_slice']:,} a call"),
-        ("vocabulary", manifest["tokens"]["vocab_size"]),
-        ("layers", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
+        *(_video_facts(manifest) if manifest["kind"] == "video" else _text_facts(manifest)),
     ]
+    recipe = manifest["recipe"]
     options = {name: value for name, value in recipe.items() if name != "dhsa"}
-    if recipe["attention"] == "dhsa":
+    if recipe.get("attention") == "dhsa":
         options |= {f"dhsa.{name}": value for name, value in recipe["dhsa"].items()}
     tables = [
         Table(
@@ -64,9 +63,32 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
     if manifest.get("memory_plan"):
         tables.append(plan_table(manifest["memory_plan"]))
     for program in manifest["programs"]:
-        facts.append((f"program {program['name']}", f"{program['target']}; ops {', '.join(program['operators'])}"))
+        facts.append(
+            (f"program {program['name']}", f"{program['target']}; ops {', '.join(program['operators']) or 'none'}")
+        )
     facts += [(f"parity {name}", _cell(value)) for name, value in manifest.get("parity", {}).items()]
     return dataclasses.replace(report, facts=tuple(facts), tables=tuple(tables))
+
+
+def _text_facts(manifest: dict[str, Any]) -> list[tuple[str, Cell]]:
+    context = manifest["context"]
+    kinds = collections.Counter(layer["kind"] for layer in manifest["attention"]["layers"])
+    return [
+        ("context", f"{context['max_context']:,} tokens, at most {context['prefill_slice']:,} a call"),
+        ("vocabulary", manifest["tokens"]["vocab_size"]),
+        ("layers", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
+    ]
+
+
+def _video_facts(manifest: dict[str, Any]) -> list[tuple[str, Cell]]:
+    video = manifest["video"]
+    latent = " x ".join(str(video["latent"][name]) for name in ("channels", "frames", "height", "width"))
+    return [
+        ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
+        ("latent", latent),
+        ("prompt", f"at most {manifest['tokens']['max_prompt_tokens']} tokens"),
+        ("chains", ", ".join(f"{name} of {len(programs)}" for name, programs in manifest["chains"].items())),
+    ]
 
 
 def _cell(value: object) -> Cell:

@@ -1,10 +1,11 @@
-"""Generate text with a bundle, on this machine or on a device.
+"""Generate text or a clip with a bundle, on this machine or, text, on a device.
 
 examples
   edgerun run text.edgerun --prompt "def main():"
   edgerun run text.edgerun --prompt-file question.txt --max-new-tokens 32 --json
   edgerun run text.edgerun --prompt "Hello" --device emulated-arm64
   edgerun run text.edgerun --prompt "Hello" --temperature 0.8 --top-p 0.95 --seed 7 --stream
+  edgerun run clip.edgerun --prompt "a red circle moves left" -o clip.mp4 --memory-limit 1GB --seed 7
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from edgerun.commands.common import GOOD, Tools, add_output_options, begin_report, emit, positive
+from edgerun.commands import video
+from edgerun.commands.common import GOOD, Tools, add_output_options, begin_report, byte_size, emit, positive
 from edgerun.commands.measure import Timing, encode_prompt, timing, timing_of_session
 from edgerun.errors import EdgerunError
 from edgerun.report import Column, Table
 
-SUMMARY = "a bundle writes on from a prompt"
+SUMMARY = "a bundle writes on from a prompt, or makes its clip"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="default: %(default)s")
     parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
     parser.add_argument("--stream", action="store_true", help="print tokens as they come (on the host)")
+    parser.add_argument(
+        "--memory-limit", type=byte_size, metavar="SIZE", help="for all of the process in RAM, as 1GB (video)"
+    )
+    video.add_run_options(parser)
     add_output_options(parser, html=False)
 
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun run`."""
+    if _is_video(arguments.bundle):
+        return video.run(arguments, tools, _prompt(arguments), arguments.memory_limit)
+    if arguments.output is not None or arguments.memory_limit is not None:
+        raise EdgerunError(f"{arguments.bundle} writes text: --output and --memory-limit are for video bundles")
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
     if arguments.stream and (arguments.device != "host" or arguments.json):
         raise EdgerunError("--stream prints text on the host: leave out --device and --json, or --stream")
@@ -90,6 +100,12 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         return GOOD
     report = begin_report("run", f"edgerun run: {arguments.bundle}", tools.command)
     return emit(dataclasses.replace(report, facts=(("text", text),), tables=(_table(measured),)), arguments)
+
+
+def _is_video(path: pathlib.Path) -> bool:
+    from edgerun.bundle import kind_of
+
+    return kind_of(path) == "video"
 
 
 def generate_text(

@@ -63,7 +63,7 @@ def validate_bundle(
     from edgerun.errors import BundleError
     from edgerun.evaluation import fidelity
 
-    bundle, clock = Bundle.open(path), Clock()
+    bundle, clock = Bundle.open(path, kind="text"), Clock()
     cases = bundle.golden_cases()
     if not cases:
         raise BundleError(f"{path} has no golden case, so nothing can be checked: export it again")

@@ -138,7 +138,7 @@ class BundleAnswerer:
         from edgerun.sessions.text import TextSession
 
         self._build = contender.build
-        bundle = Bundle.open(contender.path)
+        bundle = Bundle.open(contender.path, kind="text")
         self._context = int(bundle.manifest["context"]["max_context"])
         self._tokenizer = bundle.tokenizer()
         self._session = TextSession(contender.path, threads=1)

@@ -17,19 +17,19 @@ from edgerun.models import rectified_flow
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.techniques.temporal_token_merging import adjacent_groups
 from edgerun.video_recipe import VideoRecipe
-from tests.models import tiny_video_checkpoint
+from tests import shared_video_bundle
 
-RECIPE = VideoRecipe(merge_steps=2, pairs_per_program=2, leap="fixed", leap_evaluations=3)
+RECIPE = shared_video_bundle.RECIPE
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tiny_video_checkpoint.write(tmp_path_factory.mktemp("video") / "a model")
+    return shared_video_bundle.checkpoint(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: pathlib.Path) -> Bundle:
-    return export_video_bundle(checkpoint, RECIPE, checkpoint.parent / "tiny.edgerun")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return shared_video_bundle.bundle(tmp_path_factory)
 
 
 def run(bundle: Bundle, chain: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

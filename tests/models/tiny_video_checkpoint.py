@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -31,7 +32,7 @@ AUTOENCODER = VideoAutoencoderConfig(
     scale=(1.1, 0.9, 1.2, 0.8),
     shift=(0.1, -0.2, 0.0, 0.3),
 )
-SETTINGS = {"height": 12, "width": 16, "fps": 8.0, "steps": 4, "guidance": 2.0, "schedule_base": 16}
+SETTINGS = {"height": 12, "width": 16, "fps": 8, "steps": 4, "guidance": 2.0, "schedule_base": 16}
 
 
 def filled(module: nn.Module, seed: int) -> nn.Module:
@@ -61,12 +62,13 @@ def text_model() -> nn.Module:
     return filled(T5EncoderModel(config), 3)
 
 
-def write(folder: pathlib.Path, frames: int = 10) -> pathlib.Path:
+def write(folder: pathlib.Path, frames: int = 10, depth: int = DENOISER.depth) -> pathlib.Path:
     """Write the checkpoint; the video has `frames` frames, two chunks."""
-    denoiser = Stdit(DENOISER)
+    config = dataclasses.replace(DENOISER, depth=depth)
+    denoiser = Stdit(config)
     denoiser.y_embedder.y_embedding = torch.randn(9, 16, generator=torch.Generator().manual_seed(4))
     parts = {
-        "denoiser": (filled(denoiser, 1), DENOISER.to_dict()),
+        "denoiser": (filled(denoiser, 1), config.to_dict()),
         "vae": (filled(VideoAutoencoder(AUTOENCODER), 2), AUTOENCODER.to_json()),
     }
     for name, (module, config) in parts.items():

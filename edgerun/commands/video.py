@@ -1,0 +1,301 @@
+"""What `edgerun export` and `edgerun run` do for a video model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from edgerun.commands.common import GOOD, Tools, begin_report, emit, not_negative, positive, stage_bar
+from edgerun.errors import EdgerunError, ExportError
+from edgerun.report import Column, Table
+from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS
+from edgerun.video_recipe import VideoRecipe
+
+if TYPE_CHECKING:
+    from edgerun.sessions.video import Clip, Leap, Progress
+
+_STATE = "state"
+
+
+def is_video_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether the folder is laid out as a text-to-video checkpoint."""
+    return (folder / "denoiser").is_dir()
+
+
+# ---------------------------------------------------------------- export
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `edgerun export` for a folder with denoiser/, vae/ and text_encoder/."""
+    video = parser.add_argument_group("video models (None: as the checkpoint's video.json has it)")
+    video.add_argument(
+        "--frames", type=positive, metavar="N", help="of the clip, a multiple of the autoencoder's chunk"
+    )
+    video.add_argument("--height", type=positive, metavar="PIXELS")
+    video.add_argument("--width", type=positive, metavar="PIXELS")
+    video.add_argument("--steps", type=positive, metavar="N", help="of the sampler")
+    video.add_argument("--guidance", type=float, metavar="G", help="how strongly the prompt leads")
+    _add_technique_options(video)
+    video.add_argument(
+        "--tdtm-parts",
+        metavar="LIST",
+        default=",".join(PAPER_PARTS),
+        help=f"where frames are merged, of {', '.join(PARTS)}; default: %(default)s",
+    )
+    video.add_argument(
+        "--blocks", type=positive, metavar="N", help="programs that hold the denoiser's blocks; default: one a pair"
+    )
+
+
+def _add_technique_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lpl",
+        metavar="RULE",
+        help="linear proportional leap: none, cosine, or N evaluations and then the leap",
+    )
+    group.add_argument(
+        "--tdtm", type=not_negative, metavar="STEPS", help="merge pairs of frames in so many first steps; 0: never"
+    )
+
+
+def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
+    """The recipe of the parsed options. depth: of the denoiser, in pairs of blocks."""
+    leap = parse_leap(arguments.lpl or "none")
+    blocks = arguments.blocks or depth
+    if blocks > depth:
+        raise ExportError(f"--blocks is {blocks}; the denoiser has {depth} pairs of blocks: give at most that")
+    return VideoRecipe(
+        frames=arguments.frames,
+        height=arguments.height,
+        width=arguments.width,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        leap=leap.kind,
+        leap_evaluations=leap.evaluations,
+        merge_steps=arguments.tdtm or 0,
+        merge_parts=tuple(part.strip() for part in arguments.tdtm_parts.split(",")),
+        merge_possible=arguments.tdtm is not None,
+        pairs_per_program=-(-depth // blocks),
+    )
+
+
+def parse_leap(text: str) -> Leap:
+    """The leap rule of "none", "cosine" or a number of evaluations. Raises EdgerunError for anything else."""
+    from edgerun.sessions.video import Leap
+
+    if text in ("none", "cosine"):
+        return Leap("none" if text == "none" else "cosine")
+    if text.isdigit() and int(text) >= 1:
+        return Leap("fixed", int(text))
+    raise EdgerunError(f"--lpl is {text!r}; write none, cosine, or the number of evaluations before the leap")
+
+
+def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path) -> int:
+    """`edgerun export` of a video checkpoint."""
+    from edgerun.models.text_to_video import VideoCheckpoint
+
+    if arguments.dry_run or arguments.memory_limit is not None:
+        raise ExportError(
+            "--dry-run and --memory-limit plan the memory of text models; a video bundle takes its limit when it runs: "
+            "edgerun run … --memory-limit 1GB"
+        )
+    source = VideoCheckpoint.open(checkpoint)
+    recipe = video_recipe(arguments, source.denoiser.depth)
+    report = begin_report("export", f"edgerun export: {arguments.checkpoint}", tools.command)
+    exporter = tools.exporter()
+    with stage_bar(f"export {arguments.output.name}") as progress:
+        bundle = exporter.export_video_bundle(
+            checkpoint, recipe, arguments.output, overwrite=arguments.overwrite, progress=progress
+        )
+    manifest = bundle.manifest
+    video, files = manifest["video"], manifest["files"]
+    facts = (
+        ("bundle", str(arguments.output)),
+        ("build", manifest["build"][:16]),
+        ("size", f"{sum(entry['bytes'] for entry in files.values()) / 2**20:.1f} MiB"),
+        ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
+        ("sampler", f"{video['steps']} steps, guidance {video['guidance']:g}"),
+        ("techniques", f"LPL {_leap_text(video['leap'])}, {_merge_text(video)}"),
+    )
+    sizes = {program["name"]: files[program["file"]]["bytes"] for program in manifest["programs"]}
+    rows = tuple(
+        (chain, len(names), sum(sizes[name] for name in names) / 2**20, max(sizes[name] for name in names) / 2**20,
+         max(manifest["parity"][name] for name in names))
+        for chain, names in manifest["chains"].items()
+    )  # fmt: skip
+    columns = (
+        Column("chain"),
+        Column("programs"),
+        Column("all", "MiB", 1),
+        Column("largest", "MiB", 1),
+        Column("worst error", "relative L2", 9),
+    )
+    table = Table("Programs, each held against its module", columns, rows)
+    return emit(dataclasses.replace(report, facts=facts, tables=(table,)), arguments)
+
+
+def _leap_text(leap: dict[str, Any]) -> str:
+    return f"after {leap['evaluations']}" if leap["kind"] == "fixed" else str(leap["kind"])
+
+
+def _merge_text(video: dict[str, Any]) -> str:
+    return f"TDTM in {video['merge']['steps']} steps" if "merge" in video else "no TDTM"
+
+
+# ---------------------------------------------------------------- run
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `edgerun run` for a video bundle."""
+    video = parser.add_argument_group("video bundles")
+    video.add_argument(
+        "-o", "--output", type=pathlib.Path, metavar="CLIP", help="the file to write: .mp4, .gif or .png"
+    )
+    video.add_argument("--guidance", type=float, metavar="G", help="instead of the bundle's")
+    _add_technique_options(video)
+    video.add_argument(
+        "--prefetch", type=not_negative, default=1, metavar="N", help="programs to load ahead; default: %(default)s"
+    )
+    video.add_argument(
+        "--state", type=pathlib.Path, metavar="FILE", help="where a run that is stopped saves itself, and goes on from"
+    )
+
+
+def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_bytes: int | None) -> int:
+    """`edgerun run` of a video bundle."""
+    from edgerun.bundle import Bundle
+    from edgerun.models.text_encoder import PromptTokenizer
+    from edgerun.sessions.video import VideoSession
+    from edgerun.video_file import check_path, write_clip
+
+    if arguments.output is None:
+        raise EdgerunError(f"{arguments.bundle} makes a clip: pass -o CLIP.mp4 (or .gif, or .png)")
+    if arguments.device != "host":
+        raise EdgerunError(f"--device {arguments.device}: video bundles run on the host so far; leave --device out")
+    if arguments.stream:
+        raise EdgerunError("--stream is for text: leave it out")
+    check_path(arguments.output)
+    bundle = Bundle.open(arguments.bundle, kind="video")
+    tokenizer = PromptTokenizer.load(bundle.path / "tokenizer", int(bundle.manifest["tokens"]["max_prompt_tokens"]))
+    tokens = tokenizer.encode(prompt)[0].tolist()
+    if unknown := tokenizer.unknown_words(prompt):
+        print(f"note: the model does not know {', '.join(map(repr, unknown))}", file=sys.stderr)
+    state = _saved_state(arguments.state, bundle.build, prompt)
+    session = VideoSession(
+        arguments.bundle,
+        threads=arguments.threads,
+        verify=False,  # just done
+        prefetch=arguments.prefetch,
+        memory_limit_bytes=memory_limit_bytes,
+    )
+    begin = time.monotonic()
+    with _step_bar() as on_progress:
+        try:
+            clip = session.generate(
+                tokens,
+                seed=arguments.seed,
+                guidance=arguments.guidance,
+                leap=None if arguments.lpl is None else parse_leap(arguments.lpl),
+                merge_steps=arguments.tdtm,
+                state=state,
+                on_progress=on_progress,
+            )
+        except KeyboardInterrupt:
+            if arguments.state is not None and session.state:
+                _save_state(arguments.state, bundle.build, prompt, session.state)
+                print(f"edgerun run: stopped; the same command goes on from {arguments.state}", file=sys.stderr)
+            raise
+    write_clip(clip.frames, session.fps, arguments.output)
+    if arguments.state is not None:
+        arguments.state.unlink(missing_ok=True)
+    seconds = time.monotonic() - begin
+    if not arguments.json:
+        print(f"{arguments.output}: {clip.frames.shape[0]} frames of {clip.frames.shape[1]} x {clip.frames.shape[2]}")
+        print(_summary(clip, seconds), file=sys.stderr)
+        return GOOD
+    report = begin_report("run", f"edgerun run: {arguments.bundle}", tools.command)
+    return emit(
+        dataclasses.replace(report, facts=(("clip", str(arguments.output)),), tables=(_table(clip, seconds),)),
+        arguments,
+    )
+
+
+def _saved_state(path: pathlib.Path | None, build: str, prompt: str) -> bytes | None:
+    """The state in the file; None when there is no file. Raises EdgerunError for one of another run."""
+    if path is None or not path.exists():
+        return None
+    head, newline, state = path.read_bytes().partition(b"\n")
+    try:
+        facts = json.loads(head)
+        same = newline and facts["build"] == build and facts["prompt"] == prompt
+    except (ValueError, KeyError, TypeError):
+        raise EdgerunError(f"{path} is not a saved run: remove it, or give another --{_STATE}") from None
+    if not same:
+        raise EdgerunError(
+            f"{path} was saved by a run of prompt {facts['prompt']!r} and build {str(facts['build'])[:16]}: "
+            f"repeat that command, remove the file, or give another --{_STATE}"
+        )
+    return state
+
+
+def _save_state(path: pathlib.Path, build: str, prompt: str, state: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(json.dumps({"build": build, "prompt": prompt}).encode() + b"\n" + state)
+    part.replace(path)
+
+
+@contextmanager
+def _step_bar() -> Iterator[Any]:
+    """A tqdm bar over the denoiser's steps, which take nearly all of the time; without a terminal: one line a stage."""
+    import tqdm
+
+    quiet = not sys.stderr.isatty()
+    bar: Any = tqdm.tqdm(total=1, desc="encode", disable=quiet, leave=False, unit="step")
+    said: set[str] = set()
+
+    def on_progress(progress: Progress) -> None:
+        if quiet:
+            if progress.stage not in said:
+                said.add(progress.stage)
+                print(f"{progress.stage}: {progress.total} to do", file=sys.stderr, flush=True)
+            return
+        if bar.desc != f"{progress.stage}: ":
+            bar.reset(total=progress.total)
+            bar.set_description(progress.stage, refresh=False)
+        bar.n = progress.done
+        bar.refresh()
+
+    try:
+        yield on_progress
+    finally:
+        bar.close()
+
+
+def _summary(clip: Clip, seconds: float) -> str:
+    parts = [f"{name} {taken:.2f} s" for name, taken in _stage_seconds(clip).items() if taken is not None]
+    return f"[{', '.join(parts)}, {clip.evaluations} evaluations, {seconds:.2f} s in all]"
+
+
+def _stage_seconds(clip: Clip) -> dict[str, float | None]:
+    """None: a run that went on had done the stage before."""
+    stages = {name: clip.report["stages"][name] for name in ("encode", "denoise", "decode")}
+    return {name: stage["wall_ms"] / 1e3 if stage else None for name, stage in stages.items()}
+
+
+def _table(clip: Clip, seconds: float) -> Table:
+    columns = (
+        Column("encode", "s", 3),
+        Column("denoise", "s", 3),
+        Column("decode", "s", 3),
+        Column("evaluations"),
+        Column("all", "s", 2),
+    )
+    row = (*_stage_seconds(clip).values(), clip.evaluations, seconds)
+    return Table("The run", columns, (row,))

@@ -1,0 +1,209 @@
+"""`edgerun export`, `run` and `inspect` of video models, in this process and as a user would misuse them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from edgerun import compare
+from edgerun.bundle import Bundle
+from edgerun.cli import main
+from edgerun.commands import video
+from edgerun.errors import EdgerunError
+from edgerun.models import rectified_flow
+from edgerun.models.text_to_video import VideoCheckpoint
+from edgerun.sessions.video import Leap, VideoSession
+from edgerun.techniques.linear_proportional_leap import FixedLeap
+from edgerun.techniques.temporal_token_merging import adjacent_groups, frame_merge
+from edgerun.video_file import write_clip
+from tests import shared_video_bundle
+
+PROMPT = "a red circle moves left"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return shared_video_bundle.checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return shared_video_bundle.bundle(tmp_path_factory)
+
+
+def test_a_session_makes_the_eager_models_clip(checkpoint: pathlib.Path, bundle: Bundle) -> None:
+    """With all that the recipe asks for: merged first steps, then plain ones, then the leap."""
+    source = VideoCheckpoint.open(checkpoint)
+    encoder, denoiser, vae = source.load_text_encoder(), source.load_denoiser(), source.load_autoencoder()
+    y = encoder.encode(PROMPT)
+    both = torch.cat([y, denoiser.null_caption(y.shape[1])[None]])
+    noise = torch.randn(1, 4, 6, 6, 8, generator=torch.Generator().manual_seed(3))
+    merge, step = frame_merge(adjacent_groups(6)), iter(range(4))
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        merged = merge if next(step) < 2 else None
+        time, fps = torch.tensor([t, t]), torch.tensor([8.0, 8.0])
+        with torch.no_grad():
+            v = denoiser(torch.cat([x, x]), time, both, fps=fps, pixels=(12, 16), merge=merged)
+        return rectified_flow.guide(*v.chunk(2), 2.0)
+
+    expected = rectified_flow.sample(velocity, noise, bundle.manifest["video"]["times"], FixedLeap(3))
+    session = VideoSession(bundle.path, threads=1)
+    clip = session.generate(encoder.tokenizer.encode(PROMPT)[0].tolist(), noise=noise[0].numpy())
+    assert clip.evaluations == expected.evaluations == 3
+    assert compare.relative_l2(clip.latents, expected.latents[0].numpy()) <= compare.tolerance("logits_fp32")
+    with torch.no_grad():
+        frames = ((vae.decode(expected.latents, 10)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+    assert clip.frames.shape == (10, 12, 16, 3)
+    assert np.abs(clip.frames - frames).max() <= 1.5  # rounding, and a level's edge
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_run_writes_a_clip(bundle: Bundle, tmp_path: pathlib.Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / f"a clip{suffix}"
+    assert main(["run", str(bundle.path), "--prompt", "a blue circle", "-o", str(out), "--threads", "1"]) == 0
+    said = capsys.readouterr()
+    assert out.stat().st_size > 100 and list(tmp_path.iterdir()) == [out]
+    assert "10 frames of 12 x 16" in said.out
+    assert "does not know 'blue'" in said.err and "3 evaluations" in said.err
+
+
+def test_options_stand_in_for_the_bundles(
+    bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["run", str(bundle.path), "--prompt", PROMPT, "-o", str(tmp_path / "c.png"), "--json"]
+    assert main([*arguments, "--lpl", "none", "--tdtm", "0", "--guidance", "1", "--seed", "5"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert table["rows"][0][3] == 4
+
+
+def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts, state = tmp_path / "whole.gif", tmp_path / "parts.gif", tmp_path / "a state"
+    arguments = ["run", str(bundle.path), "--prompt", PROMPT, "--lpl", "none"]
+    assert main([*arguments, "-o", str(whole)]) == 0
+    real = VideoSession.generate
+
+    def interrupted(self: VideoSession, *given: object, **more: object) -> object:
+        def stop(progress: object) -> None:
+            if getattr(progress, "done", 0) == 2:
+                raise KeyboardInterrupt
+
+        return real(self, *given, **(more | {"on_progress": stop}))  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoSession, "generate", interrupted)
+        assert main([*arguments, "-o", str(parts), "--state", str(state)]) == 130
+    assert state.is_file() and not parts.exists()
+    assert main([*arguments[:3], "another", *arguments[4:], "-o", str(parts), "--state", str(state)]) == 2
+    assert main([*arguments, "-o", str(parts), "--state", str(state)]) == 0
+    assert parts.read_bytes() == whole.read_bytes() and not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "pass -o CLIP.mp4"),
+        (["-o", "c.avi"], "'.avi'"),
+        (["-o", "nowhere/c.mp4"], "does not exist"),
+        (["-o", "c.mp4", "--lpl", "soon"], "--lpl is 'soon'"),
+        (["-o", "c.mp4", "--memory-limit", "1MB"], "memory limit of 1000000 bytes"),
+        (["-o", "c.mp4", "--device", "emulated-arm64"], "run on the host"),
+        (["-o", "c.mp4", "--stream"], "is for text"),
+    ],
+)
+def test_bad_runs_end_in_one_line(
+    bundle: Bundle,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(bundle.path), "--prompt", PROMPT, *options]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_over_the_limit(bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", str(bundle.path), "--prompt", "red " * 9, "-o", str(tmp_path / "c.png")]) == 2
+    assert "the limit is 9: shorten it" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_saved_run(bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "state").write_bytes(b"\0\1")
+    out = ["-o", str(tmp_path / "c.png"), "--state", str(tmp_path / "state")]
+    assert main(["run", str(bundle.path), "--prompt", PROMPT, *out]) == 2
+    assert "is not a saved run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["validate"], ["bench"], ["eval", "ruler"]])
+def test_verbs_for_text_say_so(bundle: Bundle, verb: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main([verb[0], str(bundle.path), *verb[1:]]) == 2
+    assert "is a video bundle, this needs a text bundle" in capsys.readouterr().err
+
+
+def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(bundle.path)]) == 0
+    said = capsys.readouterr().out
+    assert "10 frames of 12 x 16" in said and "denoiser of 3" in said and "at most 9 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quantize", "int8"], "a text model's options"),
+        (["--blocks", "4"], "has 1 pairs"),
+        (["--frames", "12"], "as 10"),
+        (["--lpl", "0"], "--lpl is '0'"),
+        (["--memory-limit", "1GB"], "takes its limit when it runs"),
+        (["--tdtm", "2", "--tdtm-parts", "norm"], "choose of spatial"),
+    ],
+)
+def test_bad_exports_end_in_one_line(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, options: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "v.edgerun"), *options]) == 2
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_export_of_the_same_build_is_at_once(
+    checkpoint: pathlib.Path, bundle: Bundle, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["export", str(checkpoint), "-o", str(bundle.path), "--tdtm", "2", "--lpl", "3"]
+    recipe = video.video_recipe(_parsed(arguments), 1)
+    assert (recipe.merge_steps, recipe.leap, recipe.leap_evaluations) == (2, "fixed", 3)
+
+
+def _parsed(arguments: list[str]) -> object:
+    import argparse
+
+    from edgerun.commands import export
+
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    return parser.parse_args(arguments[1:])
+
+
+def test_leap_rules() -> None:
+    assert (video.parse_leap("none"), video.parse_leap("cosine")) == (Leap("none"), Leap("cosine"))
+    assert video.parse_leap("18") == Leap("fixed", 18)
+    with pytest.raises(EdgerunError, match="write none"):
+        video.parse_leap("1.5")
+
+
+def test_clips_of_odd_sizes(tmp_path: pathlib.Path) -> None:
+    import av
+
+    frames = np.zeros((5, 7, 9, 3), np.uint8)
+    frames[:] = np.arange(0, 250, 50, dtype=np.uint8)[:, None, None, None]
+    write_clip(frames, 12.5, tmp_path / "odd.mp4")
+    with av.open(str(tmp_path / "odd.mp4")) as container:
+        read = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert float(container.streams.video[0].average_rate) == 12.5
+    assert len(read) == 5 and read[0].shape == (8, 10, 3)
+    assert max(abs(int(image.mean()) - 50 * i) for i, image in enumerate(read)) <= 4
