@@ -91,7 +91,8 @@ bool LazyMemory::allocate(size_t bytes) {
   void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
   if (data == MAP_FAILED) return false;
 #if defined(MADV_NOHUGEPAGE)
-  // A cache is a few KiB here and a few there; a 2 MiB page for each would take memory for the context reserved.
+  // A cache is a few KiB here and a few there; a 2 MiB page for each would take memory for the context reserved. Where
+  // a prompt will fill such pages, attention asks for them (set_attention_expected_tokens).
   madvise(data, bytes, MADV_NOHUGEPAGE);
 #endif
   data_ = static_cast<uint8_t*>(data);

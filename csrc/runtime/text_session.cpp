@@ -27,9 +27,15 @@ double now_ms() {
 
 Status invalid(const std::string& message) { return Status(StatusCode::kInvalidArgument, message); }
 
-struct CountersScope {
-  explicit CountersScope(dhsa::Counters* sink) { set_attention_counters(sink); }
-  ~CountersScope() { set_attention_counters(nullptr); }
+struct AttentionScope {
+  AttentionScope(dhsa::Counters* sink, int64_t expected_tokens) {
+    set_attention_counters(sink);
+    set_attention_expected_tokens(expected_tokens);
+  }
+  ~AttentionScope() {
+    set_attention_counters(nullptr);
+    set_attention_expected_tokens(0);
+  }
 };
 
 }  // namespace
@@ -150,7 +156,7 @@ bool TextSession::stopped(const GenerateOptions& options) const {
   return run_.load(std::memory_order_relaxed) == Run::kCancelled || (options.keep_going && !options.keep_going());
 }
 
-Status TextSession::execute(std::span<const int64_t> ids) {
+Status TextSession::execute(std::span<const int64_t> ids, int64_t expected_tokens) {
   using executorch::aten::ScalarType;
   using executorch::extension::from_blob;
   const ExecutorchLog log;
@@ -160,7 +166,7 @@ Status TextSession::execute(std::span<const int64_t> ids) {
   const auto input_pos = from_blob(&position, {1}, ScalarType::Long);
   program_->counters = {};
   const auto outputs = [&] {
-    const CountersScope scope(&program_->counters);
+    const AttentionScope scope(&program_->counters, expected_tokens);
     return program_->module->execute("forward", {tokens, input_pos});
   }();
   if (!outputs.ok()) {
@@ -191,7 +197,9 @@ Status TextSession::prefill(std::span<const int64_t> ids, const GenerateOptions&
       const int64_t at_tile = slice_end / info_.tile * info_.tile;
       if (at_tile > position_) slice_end = at_tile;
     }
-    if (Status status = execute(ids.subspan(position_ - first, slice_end - position_)); !status.ok()) return status;
+    const int64_t expected = position_ == first ? end : 0;  // said once
+    const Status status = execute(ids.subspan(position_ - first, slice_end - position_), expected);
+    if (!status.ok()) return status;
   }
   return Status();
 }

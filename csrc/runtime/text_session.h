@@ -84,7 +84,7 @@ class TextSession {
   Status check_room(int64_t tokens, int64_t position) const;
   bool stopped(const GenerateOptions& options) const;
   Status prefill(std::span<const int64_t> ids, const GenerateOptions& options);
-  Status execute(std::span<const int64_t> ids);
+  Status execute(std::span<const int64_t> ids, int64_t expected_tokens = 0);  // of the text; 0: not known
   Status decode(const GenerateOptions& options, Finish* finish);
   Status feed_forced(const GenerateOptions& options);
   Status generate_running(std::span<const int64_t> prompt, const GenerateOptions& options, Finish* finish);

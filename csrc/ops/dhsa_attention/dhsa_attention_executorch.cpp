@@ -1,5 +1,6 @@
 // edgerun::dhsa_attention.out in ExecuTorch. Schema: edgerun/ops/dhsa_attention.py. Equation: dhsa_attention.h.
 #include "csrc/base/executorch_binding.h"
+#include "csrc/base/huge_pages.h"
 #include "csrc/ops/dhsa_attention/counters.h"
 #include "csrc/ops/dhsa_attention/dhsa_attention.h"
 
@@ -13,6 +14,7 @@ using executorch::runtime::Error;
 using executorch::runtime::KernelRuntimeContext;
 
 thread_local Counters* counters_sink = nullptr;
+thread_local int64_t expected_tokens = 0;
 
 bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   if (tensor.dim() != static_cast<ssize_t>(sizes.size())) return false;
@@ -105,6 +107,35 @@ Tensors pointers(const Tensor& query, const Tensor& key, const Tensor& value, co
   return tensors;
 }
 
+// Of [Hkv, M, ...], what the expected tokens fill of every head; all of it is one run where they fill the cache.
+void advise_state_of(const Params& params, void* state, int64_t block_bytes, int64_t blocks) {
+  const int64_t head_bytes = params.capacity_blocks * block_bytes;
+  const bool full = blocks >= params.capacity_blocks;
+  const int64_t runs = full ? 1 : params.kv_heads;
+  const int64_t bytes = full ? params.kv_heads * head_bytes : blocks * block_bytes;
+  for (int64_t run = 0; run < runs; ++run) advise_huge_pages(static_cast<char*>(state) + run * head_bytes, bytes);
+}
+
+void advise_state(const Params& params, const Tensors& tensors) {
+  const int64_t blocks = expected_tokens / kMicroBlock;
+  advise_state_of(params, tensors.key_cache, key_block_bytes(params.cache_dtype, params.head_dim), blocks);
+  advise_state_of(params, tensors.value_cache, value_block_bytes(params.cache_dtype, params.head_dim), blocks);
+  if (tensors.summaries == nullptr) return;
+  const int64_t element_bytes = params.cache_dtype == Dtype::kFloat ? 4 : 2;
+  advise_state_of(params, tensors.summaries, summary_vectors(params.pooling) * params.head_dim * element_bytes, blocks);
+}
+
+// The op, with what a session said and wants to know (counters.h).
+void run_for_session(const Params& params, const Tensors& tensors, void* scratch, const Parallel& pool) {
+  if (expected_tokens > 0) advise_state(params, tensors);
+  Counters counters;
+  run(params, tensors, scratch, pool, counters_sink ? &counters : nullptr);
+  if (counters_sink) {
+    counters_sink->attended_pairs += counters.attended_pairs;
+    counters_sink->causal_pairs += counters.causal_pairs;
+  }
+}
+
 Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& key_cache, const Tensor& value_cache, const Tensor& summaries,
                            const Tensor& boundaries, const Tensor& input_pos, double scale, double softcap,
@@ -156,12 +187,7 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   const Scratch scratch(context, scratch_bytes(params, pool.threads));
   ET_KERNEL_CHECK_MSG(context, scratch.data() != nullptr, MemoryAllocationFailed, out,
                       "dhsa_attention: no memory for %zu bytes of scratch", scratch_bytes(params, pool.threads));
-  Counters counters;
-  run(params, tensors, scratch.data(), pool, counters_sink ? &counters : nullptr);
-  if (counters_sink) {
-    counters_sink->attended_pairs += counters.attended_pairs;
-    counters_sink->causal_pairs += counters.causal_pairs;
-  }
+  run_for_session(params, tensors, scratch.data(), pool);
   return out;
 }
 
@@ -171,3 +197,5 @@ EDGERUN_REGISTER_OP("edgerun::dhsa_attention.out", dhsa_attention_out);
 }  // namespace edgerun::dhsa
 
 void set_attention_counters(edgerun::dhsa::Counters* sink) { edgerun::dhsa::counters_sink = sink; }
+
+void set_attention_expected_tokens(int64_t tokens) { edgerun::dhsa::expected_tokens = tokens; }

@@ -115,25 +115,31 @@ void for_each_group(const Params& params, const Parallel& parallel, const Task& 
 // Appends, summarises and finds boundaries: what a call leaves behind.
 void update_state(const Params& params, const Tensors& tensors, const Parallel& parallel) {
   constexpr int64_t kWorthThreads = 16;  // tokens: below, waking a thread costs more than the copy
-  constexpr int64_t kPart = 32;          // micro-blocks of a task
+  constexpr int64_t kPart = 8;           // micro-blocks of a task: few enough that what one stage writes is warm for
+                                         // the next, enough that it is no longer on its way to memory
   const Parallel& pool = params.tokens >= kWorthThreads ? parallel : serial();
   const bool summaries = keeps_summaries(params, tensors);
   const BlockRange blocks = touched_blocks(params);
+  const BlockRange edges = params.finds_boundaries ? decided_edges(params) : BlockRange{0, 0};
   const int64_t parts = (blocks.end - blocks.first + kPart - 1) / kPart;
-  for_each_task(pool, params.kv_heads * parts, [&](int64_t index, int64_t) {
+  const int64_t heads = params.finds_boundaries ? params.kv_heads : 1;  // of a task: an edge is decided by all
+  const auto part_at = [&](int64_t index) {
     const int64_t first = blocks.first + index % parts * kPart;
-    const BlockRange part{first, std::min(first + kPart, blocks.end)};
-    for (int64_t block = part.first; block < part.end; ++block) {  // one by one: what is written is warm
-      append_blocks(params, tensors, index / parts, BlockRange{block, block + 1});
-      if (summaries) summarize_blocks(params, tensors, index / parts, BlockRange{block, block + 1});
+    return BlockRange{first, std::min(first + kPart, blocks.end)};
+  };
+  if (params.finds_boundaries) clear_edges(params, tensors);
+  for_each_task(pool, params.kv_heads / heads * parts, [&](int64_t index, int64_t) {
+    const BlockRange part = part_at(index);
+    for (int64_t head = index / parts * heads; head < (index / parts + 1) * heads; ++head) {
+      append_blocks(params, tensors, head, part);
+      if (summaries) summarize_blocks(params, tensors, head, part);
     }
+    decide_edges(params, tensors, BlockRange{std::max(part.first + 1, edges.first), std::min(part.end, edges.end)});
   });
   if (!params.finds_boundaries) return;
-  clear_edges(params, tensors);
-  const BlockRange edges = decided_edges(params);
-  for_each_task(pool, (edges.end - edges.first + kPart - 1) / kPart, [&](int64_t index, int64_t) {
-    const int64_t first = edges.first + index * kPart;
-    decide_edges(params, tensors, BlockRange{first, std::min(first + kPart, edges.end)});
+  for_each_task(pool, parts, [&](int64_t index, int64_t) {  // edges between what two tasks wrote
+    const int64_t edge = part_at(index).first;
+    if (edge >= edges.first && edge < edges.end) decide_edges(params, tensors, BlockRange{edge, edge + 1});
   });
 }
 

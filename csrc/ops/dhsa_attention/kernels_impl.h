@@ -249,6 +249,21 @@ void score_step(const AttendTask& task, const Scratch& scratch, const Step& step
   }
 }
 
+// The same for a token whose list is a range: it reads its keys and values at the rate of memory, so micro-block by
+// micro-block as they lie, with the values on their way while the keys are scored. Micro-blocks of a page or less are
+// read better by the CPU itself.
+void score_range(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows) {
+  const int64_t depth = task.head_dim;
+  const int64_t seen = seen_blocks(task, step, 0, rows);
+  for (int64_t b = 0; b < seen; ++b) {
+    prefetch(step.v[b], value_block_bytes(Dtype::kFloat, depth));
+    for (int64_t row = 0; row < rows; row += kRows) {
+      score_group<1>(smaller(kRows, rows - row), scratch.q + row * depth, depth, step.k + b, depth,
+                     scratch.s + row * kStepKeys + b * kMicroBlock, true);
+    }
+  }
+}
+
 // Softmax of one row over the step's first `blocks` micro-blocks, in place.
 void soften_row(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t row, int64_t blocks) {
   float* s = scratch.s + row * kStepKeys;
@@ -361,7 +376,9 @@ void store_rows(const AttendTask& task, const Scratch& scratch) {
 
 // One step of the online softmax in float.
 void take_step(const AttendTask& task, const Scratch& scratch, const Step& step, int64_t rows) {
-  score_step(task, scratch, step, rows);
+  const bool streams = task.tokens == 1 && task.ids == nullptr && task.cache_dtype == Dtype::kFloat &&
+                       value_block_bytes(Dtype::kFloat, task.head_dim) >= 2 * kSmallPage;
+  (streams ? score_range : score_step)(task, scratch, step, rows);
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t group = smaller(kRows, rows - first);
     const int64_t blocks = seen_blocks(task, step, first, group);
