@@ -200,7 +200,7 @@ class BundleWriter:
     def write_manifest(self, manifest: dict[str, Any]) -> Bundle:
         """Write `manifest` with schema version and file facts filled in; the unpublished bundle can then be tried."""
         whole = {"schema_version": SCHEMA_VERSION, **manifest, "files": self.file_facts()}
-        (self.folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        (self.folder / MANIFEST).write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return Bundle(self.folder, whole)
 
     def publish(self, manifest: dict[str, Any]) -> Bundle:

@@ -21,6 +21,8 @@ def check_path(path: pathlib.Path) -> None:
         raise EdgerunError(f"{path} has the suffix {path.suffix!r}; a clip is written as {', '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise EdgerunError(f"cannot write {path}: folder {path.absolute().parent} does not exist; create it first")
+    if path.is_dir():
+        raise EdgerunError(f"cannot write {path}: it is a folder; give the clip a name of its own")
     try:
         import av  # noqa: F401
         import PIL  # noqa: F401

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any, Literal
 
 from edgerun.errors import ExportError
@@ -39,6 +40,14 @@ class VideoRecipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ExportError(f"{name} is {value}; it must be at least 1")
+        numbers = (self.guidance, self.leap_latest_time, self.leap_tolerance)
+        if not all(math.isfinite(number) for number in numbers if number is not None):
+            raise ExportError(f"guidance, leap_latest_time and leap_tolerance are {numbers}; they must be finite")
+        if self.leap not in ("none", "fixed", "cosine") or self.merge_alone not in ("first", "last"):
+            raise ExportError(
+                f"leap is {self.leap!r} and merge_alone {self.merge_alone!r}; choose none, fixed or cosine, "
+                "and first or last"
+            )
         if self.leap == "fixed" and self.leap_evaluations < 1:
             raise ExportError(f"a fixed leap after {self.leap_evaluations} evaluations; give at least 1")
         if not 0.0 < self.leap_latest_time <= 1.0:

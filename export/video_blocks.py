@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from edgerun.models.rectified_flow import shift_ratio, times
-from edgerun.models.stdit import Stdit, StditConfig, rotary_angles
-from edgerun.models.stdit_blocks import denoiser_blocks
+from edgerun.models.stdit import Stdit, rotary_angles
+from edgerun.models.stdit_blocks import Tensors, denoiser_blocks
 from edgerun.models.temporal_vae import VideoAutoencoder
 from edgerun.models.temporal_vae_blocks import decoder_blocks
 from edgerun.models.text_encoder import TextEncoder, encoder_blocks
@@ -65,9 +65,7 @@ class Geometry:
     def of(source: VideoCheckpoint, recipe: VideoRecipe) -> Geometry:
         """What `recipe` leaves open is the checkpoint's."""
         settings, config = source.settings, source.autoencoder
-        frames, height, width = (
-            getattr(recipe, name) or getattr(settings, name) for name in ("frames", "height", "width")
-        )
+        frames, height, width = frame_size(source, recipe)
         steps = recipe.steps or settings.steps
         factor, chunk = config.spatial_factor, (config.frames_per_chunk, config.latents_per_chunk)
         return Geometry(
@@ -85,6 +83,12 @@ class Geometry:
     def limits(self, dimension: str) -> tuple[int, int]:
         """Least and most of a dimension that a call decides."""
         return (1, self.max_tokens if dimension == "n" else self.latent[0])
+
+
+def frame_size(source: VideoCheckpoint, recipe: VideoRecipe) -> tuple[int, int, int]:
+    """Frames, height and width of the video."""
+    settings = source.settings
+    return recipe.frames or settings.frames, recipe.height or settings.height, recipe.width or settings.width
 
 
 def open_dimensions(name: str) -> dict[int, str]:
@@ -116,10 +120,10 @@ def text_chain(encoder: TextEncoder, geometry: Geometry) -> tuple[Iterator[Block
 
 
 def denoiser_chain(
-    model: Stdit, weights: object, geometry: Geometry, recipe: VideoRecipe
+    model: Stdit, weights: Tensors, geometry: Geometry, recipe: VideoRecipe
 ) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
-    """Blocks and example inputs. weights: where a model on the meta device gets its tensors, or None."""
-    merge = merge_of(geometry, recipe)
+    """Blocks and example inputs. weights: where the model, which is on the meta device, gets its tensors."""
+    merge, frequencies = merge_of(geometry, recipe), weights["rope.freqs"].float()
 
     def blocks() -> Iterator[Block]:
         for block in denoiser_blocks(
@@ -128,7 +132,7 @@ def denoiser_chain(
             (geometry.height, geometry.width),
             merge_parts=frozenset() if merge is None else merge.parts,
             pairs_per_block=recipe.pairs_per_program,
-            weights=weights,  # type: ignore[arg-type]
+            weights=weights,
         ):
             yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs)
 
@@ -141,15 +145,11 @@ def denoiser_chain(
         "y": torch.randn(1, count, model.config.caption_channels, generator=generator),
     }
     if merge is not None:
-        cosines, sines = rotary_angles(merge.positions, rotary_frequencies(model.config))
+        if len(merge.positions) == 1 < geometry.latent[0]:  # a dimension of 1 would be taken for one that is always 1
+            merge = frame_merge([[frame] for frame in range(geometry.latent[0])], merge.parts)
+        cosines, sines = rotary_angles(merge.positions, frequencies)
         values |= {"merge": merge.merge, "unmerge": merge.unmerge, "cosines": cosines, "sines": sines}
     return blocks(), values
-
-
-def rotary_frequencies(config: StditConfig) -> torch.Tensor:
-    """[head size / 2] float32."""
-    size = config.head_size
-    return 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
 
 
 def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """The way from a video checkpoint to a published bundle: every block of its three chains becomes a program of its own,
-is loaded again and held against its module, and only then is the next one made. One block is in memory at a time.
+is loaded again and held against its module, and only then is the next one made. One model is in memory at a time, and
+of the denoiser one block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 import edgerun
 from edgerun import compare
-from edgerun.bundle import Bundle, BundleWriter, existing_build
+from edgerun.bundle import Bundle, BundleWriter, check_target, existing_build
 from edgerun.checkpoint import Progress
 from edgerun.errors import ExportError, ParityError
 from edgerun.export.lower.executorch import TARGET, lower
@@ -25,9 +26,9 @@ from edgerun.export.video_blocks import (
     Geometry,
     decoder_chain,
     denoiser_chain,
+    frame_size,
     merge_of,
     open_dimensions,
-    rotary_frequencies,
     text_chain,
 )
 from edgerun.models.stdit import Stdit
@@ -52,14 +53,16 @@ def export_video_bundle(
     Raises CheckpointError, ExportError, BundleError or ParityError; then, and after Ctrl-C, nothing is left at `out`.
     """
     source = VideoCheckpoint.open(checkpoint)
+    check_size(source, *frame_size(source, recipe))
     geometry = Geometry.of(source, recipe)
-    check_size(source, geometry.frames, geometry.height, geometry.width)
     if geometry.max_tokens > source.denoiser.model_max_length:
         raise ExportError(
             f"max_prompt_tokens is {geometry.max_tokens}; the denoiser's null caption has "
             f"{source.denoiser.model_max_length} tokens: give at most that"
         )
-    build = recipe.hash(source.sha256(progress))
+    check_target(pathlib.Path(out).absolute(), overwrite=True)  # before minutes of work; another build is refused below
+    digest = source.sha256(progress)
+    build = recipe.hash(digest)
     if (existing := existing_build(out, build)) is not None:
         return existing
     with BundleWriter(out, overwrite) as writer:
@@ -74,7 +77,7 @@ def export_video_bundle(
                 chains[chain].append(facts["name"])
                 parity[facts["name"]] = error
         _copy_tokenizer(source, writer)
-        return writer.publish(_manifest(source, geometry, recipe, build, programs, chains) | {"parity": parity})
+        return writer.publish(_manifest(source, digest, geometry, recipe, build, programs, chains) | {"parity": parity})
 
 
 def _chains(
@@ -179,6 +182,7 @@ def _value_facts(name: str, value: torch.Tensor, geometry: Geometry) -> dict[str
 
 def _manifest(
     source: VideoCheckpoint,
+    digest: str,
     geometry: Geometry,
     recipe: VideoRecipe,
     build: str,
@@ -210,7 +214,7 @@ def _manifest(
         },
     }
     if merge is not None:
-        video["rotary"] = {"frequencies": rotary_frequencies(source.denoiser).tolist()}
+        video["rotary"] = {"frequencies": source.denoiser_weights()["rope.freqs"].float().tolist()}
         video["merge"] = {
             "steps": recipe.merge_steps,
             "matrix": merge.merge.tolist(),
@@ -222,7 +226,7 @@ def _manifest(
         "edgerun_version": edgerun.__version__,
         "recipe": recipe.to_json(),
         "build": build,
-        "source": {"sha256": source.sha256(), "model_type": "STDiT3", "architecture": "STDiT3"},
+        "source": {"sha256": digest, "model_type": "STDiT3", "architecture": "STDiT3"},
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS} | {"python": platform.python_version()},
         "programs": programs,
         "chains": chains,

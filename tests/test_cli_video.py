@@ -98,7 +98,8 @@ def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypat
         patch.setattr(VideoSession, "generate", interrupted)
         assert main([*arguments, "-o", str(parts), "--state", str(state)]) == 130
     assert state.is_file() and not parts.exists()
-    assert main([*arguments[:3], "another", *arguments[4:], "-o", str(parts), "--state", str(state)]) == 2
+    for other in (["--prompt", "another"], ["--seed", "1"], ["--guidance", "3"], ["--lpl", "3"], ["--tdtm", "0"]):
+        assert main([*arguments, *other, "-o", str(parts), "--state", str(state)]) == 2
     assert main([*arguments, "-o", str(parts), "--state", str(state)]) == 0
     assert parts.read_bytes() == whole.read_bytes() and not state.exists()
 
@@ -110,6 +111,8 @@ def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypat
         (["-o", "c.avi"], "'.avi'"),
         (["-o", "nowhere/c.mp4"], "does not exist"),
         (["-o", "c.mp4", "--lpl", "soon"], "--lpl is 'soon'"),
+        (["-o", "c.mp4", "--lpl", "²"], "--lpl is '²'"),
+        (["-o", "c.mp4", "--state", "nowhere/s"], "its folder does not exist"),
         (["-o", "c.mp4", "--memory-limit", "1MB"], "memory limit of 1000000 bytes"),
         (["-o", "c.mp4", "--device", "emulated-arm64"], "run on the host"),
         (["-o", "c.mp4", "--stream"], "is for text"),
@@ -160,6 +163,7 @@ def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
         (["--blocks", "4"], "has 1 pairs"),
         (["--frames", "12"], "as 10"),
         (["--lpl", "0"], "--lpl is '0'"),
+        (["--frames", "3"], "as 5"),
         (["--memory-limit", "1GB"], "takes its limit when it runs"),
         (["--tdtm", "2", "--tdtm-parts", "norm"], "choose of spatial"),
     ],

@@ -68,6 +68,9 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         if recipe_from(arguments) != Recipe():
             raise ExportError("a text model's options are given for a video model: leave them out (--help has both)")
         return video.export(arguments, tools, checkpoint)
+    of_video = ("frames", "height", "width", "steps", "guidance", "lpl", "tdtm", "blocks")
+    if given := [name for name in of_video if getattr(arguments, name) is not None]:
+        raise ExportError(f"--{given[0]} is for video models; {arguments.checkpoint} is a text model: leave it out")
     recipe = recipe_from(arguments)
     exporter = tools.exporter()
     report = begin_report("export", f"edgerun export: {arguments.checkpoint}", tools.command)

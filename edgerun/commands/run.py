@@ -80,8 +80,9 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun run`."""
     if _is_video(arguments.bundle):
         return video.run(arguments, tools, _prompt(arguments), arguments.memory_limit)
-    if arguments.output is not None or arguments.memory_limit is not None:
-        raise EdgerunError(f"{arguments.bundle} writes text: --output and --memory-limit are for video bundles")
+    of_video = ("output", "memory_limit", "lpl", "tdtm", "guidance", "state")
+    if given := [name for name in of_video if getattr(arguments, name) is not None]:
+        raise EdgerunError(f"{arguments.bundle} writes text: --{given[0].replace('_', '-')} is for video bundles")
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
     if arguments.stream and (arguments.device != "host" or arguments.json):
         raise EdgerunError("--stream prints text on the host: leave out --device and --json, or --stream")

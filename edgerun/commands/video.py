@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from edgerun.commands.common import GOOD, Tools, begin_report, emit, not_negative, positive, stage_bar
+from edgerun.commands.common import GOOD, Tools, begin_report, emit, finite, not_negative, positive, stage_bar
 from edgerun.errors import EdgerunError, ExportError
 from edgerun.report import Column, Table
 from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS
@@ -41,7 +42,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     video.add_argument("--height", type=positive, metavar="PIXELS")
     video.add_argument("--width", type=positive, metavar="PIXELS")
     video.add_argument("--steps", type=positive, metavar="N", help="of the sampler")
-    video.add_argument("--guidance", type=float, metavar="G", help="how strongly the prompt leads")
+    video.add_argument("--guidance", type=finite, metavar="G", help="how strongly the prompt leads")
     _add_technique_options(video)
     video.add_argument(
         "--tdtm-parts",
@@ -50,7 +51,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help=f"where frames are merged, of {', '.join(PARTS)}; default: %(default)s",
     )
     video.add_argument(
-        "--blocks", type=positive, metavar="N", help="programs that hold the denoiser's blocks; default: one a pair"
+        "--blocks",
+        type=positive,
+        metavar="N",
+        help="at most so many programs for the denoiser's blocks, of equal numbers of pairs; default: one a pair",
     )
 
 
@@ -92,7 +96,7 @@ def parse_leap(text: str) -> Leap:
 
     if text in ("none", "cosine"):
         return Leap("none" if text == "none" else "cosine")
-    if text.isdigit() and int(text) >= 1:
+    if re.fullmatch("[0-9]+", text) and int(text) >= 1:
         return Leap("fixed", int(text))
     raise EdgerunError(f"--lpl is {text!r}; write none, cosine, or the number of evaluations before the leap")
 
@@ -158,7 +162,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     video.add_argument(
         "-o", "--output", type=pathlib.Path, metavar="CLIP", help="the file to write: .mp4, .gif or .png"
     )
-    video.add_argument("--guidance", type=float, metavar="G", help="instead of the bundle's")
+    video.add_argument("--guidance", type=finite, metavar="G", help="instead of the bundle's")
     _add_technique_options(video)
     video.add_argument(
         "--prefetch", type=not_negative, default=1, metavar="N", help="programs to load ahead; default: %(default)s"
@@ -185,9 +189,17 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
     bundle = Bundle.open(arguments.bundle, kind="video")
     tokenizer = PromptTokenizer.load(bundle.path / "tokenizer", int(bundle.manifest["tokens"]["max_prompt_tokens"]))
     tokens = tokenizer.encode(prompt)[0].tolist()
+    leap = None if arguments.lpl is None else parse_leap(arguments.lpl)
+    if arguments.state is not None and not arguments.state.absolute().parent.is_dir():
+        raise EdgerunError(f"--{_STATE} {arguments.state}: its folder does not exist; create it first")
+    run_facts = {
+        "build": bundle.build,
+        "prompt": prompt,
+        **{name: getattr(arguments, name) for name in ("seed", "guidance", "lpl", "tdtm")},
+    }
     if unknown := tokenizer.unknown_words(prompt):
         print(f"note: the model does not know {', '.join(map(repr, unknown))}", file=sys.stderr)
-    state = _saved_state(arguments.state, bundle.build, prompt)
+    state = _saved_state(arguments.state, run_facts)
     session = VideoSession(
         arguments.bundle,
         threads=arguments.threads,
@@ -202,17 +214,23 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
                 tokens,
                 seed=arguments.seed,
                 guidance=arguments.guidance,
-                leap=None if arguments.lpl is None else parse_leap(arguments.lpl),
+                leap=leap,
                 merge_steps=arguments.tdtm,
                 state=state,
                 on_progress=on_progress,
             )
         except KeyboardInterrupt:
             if arguments.state is not None and session.state:
-                _save_state(arguments.state, bundle.build, prompt, session.state)
+                _save_state(arguments.state, run_facts, session.state)
                 print(f"edgerun run: stopped; the same command goes on from {arguments.state}", file=sys.stderr)
             raise
-    write_clip(clip.frames, session.fps, arguments.output)
+    try:
+        write_clip(clip.frames, session.fps, arguments.output)
+    except OSError:
+        if arguments.state is not None:
+            _save_state(arguments.state, run_facts, session.state)
+            print(f"edgerun run: the run is kept in {arguments.state}", file=sys.stderr)
+        raise
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
     seconds = time.monotonic() - begin
@@ -227,28 +245,33 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
     )
 
 
-def _saved_state(path: pathlib.Path | None, build: str, prompt: str) -> bytes | None:
+def _saved_state(path: pathlib.Path | None, run_facts: dict[str, Any]) -> bytes | None:
     """The state in the file; None when there is no file. Raises EdgerunError for one of another run."""
     if path is None or not path.exists():
         return None
     head, newline, state = path.read_bytes().partition(b"\n")
     try:
-        facts = json.loads(head)
-        same = newline and facts["build"] == build and facts["prompt"] == prompt
-    except (ValueError, KeyError, TypeError):
-        raise EdgerunError(f"{path} is not a saved run: remove it, or give another --{_STATE}") from None
-    if not same:
-        raise EdgerunError(
-            f"{path} was saved by a run of prompt {facts['prompt']!r} and build {str(facts['build'])[:16]}: "
-            f"repeat that command, remove the file, or give another --{_STATE}"
-        )
+        saved = json.loads(head)
+    except ValueError:
+        saved = None
+    if not newline or not isinstance(saved, dict) or set(saved) != set(run_facts):
+        raise EdgerunError(f"{path} is not a saved run: remove it, or give another --{_STATE}")
+    for name, value in run_facts.items():
+        if saved[name] != value:
+            raise EdgerunError(
+                f"{path} was saved by a run whose {name} was {str(saved[name])[:60]!r}, not {str(value)[:60]!r}: "
+                f"repeat that command, remove the file, or give another --{_STATE}"
+            )
     return state
 
 
-def _save_state(path: pathlib.Path, build: str, prompt: str, state: bytes) -> None:
+def _save_state(path: pathlib.Path, run_facts: dict[str, Any], state: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(json.dumps({"build": build, "prompt": prompt}).encode() + b"\n" + state)
-    part.replace(path)
+    try:
+        part.write_bytes(json.dumps(run_facts).encode() + b"\n" + state)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

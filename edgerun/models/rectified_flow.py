@@ -39,7 +39,7 @@ def shift_ratio(
 
 def shift_time(u: torch.Tensor, ratio: float) -> torch.Tensor:
     """u in 0..1, of any shape → t in 0..1."""
-    return ratio * u / (1 + (ratio - 1) * u)
+    return ratio * u / (ratio * u + (1 - u))  # exactly 1 at u = 1, where the other spelling can round above it
 
 
 def times(steps: int, ratio: float) -> list[float]:

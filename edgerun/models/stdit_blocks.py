@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ from edgerun.models.stdit import (
 )
 
 _NORM_EPS = 1e-6
+
+
+class Tensors(Protocol):
+    """Tensors by name, as a dict has them or a file that reads them when asked."""
+
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,7 @@ def denoiser_blocks(
     *,
     merge_parts: frozenset[str] = frozenset(),
     pairs_per_block: int = 1,
-    weights: Mapping[str, torch.Tensor] | None = None,
+    weights: Tensors | None = None,
 ) -> Iterator[DenoiserBlock]:
     """The blocks in order, made one at a time.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -41,6 +42,15 @@ class VideoSettings:
     guidance: float = 7.0
     schedule_base: int = OFFICIAL_BASE  # pixels
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value of another kind, or out of its range."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = field.name not in ("fps", "guidance")
+            right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not right or not math.isfinite(value) or (value < 1 if whole else value <= 0):
+                raise ValueError(f"{field.name} is {value!r}; it must be a {'whole ' if whole else ''}number above 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoCheckpoint:
@@ -65,16 +75,17 @@ class VideoCheckpoint:
         for part in ("denoiser", "vae"):
             if not (path / part / "model.safetensors").is_file():
                 raise CheckpointError(f"{path / part} has no model.safetensors: fetch the checkpoint again")
-        denoiser = StditConfig.from_dict(_read_json(path / "denoiser" / "config.json"))
+        denoiser_values = _read_json(path / "denoiser" / "config.json")
         vae = path / "vae" / "config.json"
         values = _read_json(vae) if vae.is_file() else {}
         try:
+            denoiser = StditConfig.from_dict(denoiser_values)
             # OpenSora-VAE-v1.2 states none of its sizes: they are the defaults.
             official = values.get("model_type") == "VideoAutoencoderPipeline"
             autoencoder = VideoAutoencoderConfig() if official else VideoAutoencoderConfig.from_json(values)
             settings = VideoSettings(**(_read_json(path / "video.json") if (path / "video.json").is_file() else {}))
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: a configuration has what edgerun does not know ({error})") from None
+        except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{path}: a configuration has what edgerun cannot read ({error})") from None
         if autoencoder.latent_channels != denoiser.in_channels:
             raise CheckpointError(
                 f"{path}: the denoiser takes {denoiser.in_channels} channels, the autoencoder's latents have "

@@ -130,6 +130,8 @@ def test_ctrl_c_leaves_nothing(checkpoint: pathlib.Path, tmp_path: pathlib.Path)
         ({"leap": "fixed"}, "after 0 evaluations"),
         ({"leap_latest_time": 0.0}, "leap_latest_time is 0.0"),
         ({"merge_steps": -1}, "merge_steps is -1"),
+        ({"guidance": float("nan")}, "must be finite"),
+        ({"leap": "cosin"}, "leap is 'cosin'"),
         ({"merge_parts": ("norm",)}, "choose of spatial"),
     ],
 )

@@ -23,6 +23,12 @@ def test_times_of_open_sora() -> None:
     assert all(a > b for a, b in itertools.pairwise(times))
 
 
+def test_times_begin_at_exactly_one_for_every_size() -> None:
+    for side in range(16, 513, 8):
+        ratio = rectified_flow.shift_ratio((side, 16), 17)
+        assert rectified_flow.times(3, ratio)[0] == 1.0
+
+
 @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (17, 5), (51, 15), (68, 20), (60, 15)])
 def test_ratio_counts_five_latents_for_every_whole_seventeen_frames(frames: int, latents: int) -> None:
     assert rectified_flow.shift_ratio((512, 512), frames) == pytest.approx(math.sqrt(latents))

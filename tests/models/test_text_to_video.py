@@ -51,6 +51,13 @@ def broken(folder: pathlib.Path, part: str) -> None:
         (folder / "denoiser" / "config.json").write_text("{")
     elif part == "unknown setting":
         (folder / "video.json").write_text(json.dumps({"frames": 10, "speed": 3}))
+    elif part == "no steps":
+        (folder / "video.json").write_text(json.dumps({"steps": 0}))
+    elif part == "frames of text":
+        (folder / "video.json").write_text(json.dumps({"frames": "51"}))
+    elif part == "no heads":
+        config = json.loads((folder / "denoiser" / "config.json").read_text())
+        (folder / "denoiser" / "config.json").write_text(json.dumps(config | {"num_heads": 0}))
     elif part == "channels":
         config = json.loads((folder / "denoiser" / "config.json").read_text())
         (folder / "denoiser" / "config.json").write_text(json.dumps(config | {"in_channels": 8}))
@@ -65,6 +72,9 @@ def broken(folder: pathlib.Path, part: str) -> None:
         ("not JSON", "cannot be read"),
         ("unknown setting", "speed"),
         ("channels", "not of one model"),
+        ("no steps", "steps is 0"),
+        ("frames of text", "frames is '51'"),
+        ("no heads", "cannot be read|cannot read"),
     ],
 )
 def test_refused_in_one_line(folder: pathlib.Path, part: str, message: str) -> None:
