@@ -115,7 +115,9 @@ def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypat
         (["-o", "c.mp4", "--state", "nowhere/s"], "its folder does not exist"),
         (["-o", "c.mp4", "--memory-limit", "1MB"], "memory limit of 1000000 bytes"),
         (["-o", "c.mp4", "--device", "emulated-arm64"], "run on the host"),
-        (["-o", "c.mp4", "--stream"], "is for text"),
+        (["-o", "c.mp4", "--stream"], "--stream is for text"),
+        (["-o", "c.mp4", "--top-p", "0.9"], "--top-p is for text"),
+        (["-o", "c.mp4", "--max-new-tokens", "9"], "--max-new-tokens is for text"),
     ],
 )
 def test_bad_runs_end_in_one_line(
@@ -164,6 +166,7 @@ def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
         (["--frames", "12"], "as 10"),
         (["--lpl", "0"], "--lpl is '0'"),
         (["--frames", "3"], "as 5"),
+        (["--tdtm-parts", "mlp"], "without --tdtm"),
         (["--memory-limit", "1GB"], "takes its limit when it runs"),
         (["--tdtm", "2", "--tdtm-parts", "norm"], "choose of spatial"),
     ],
@@ -175,9 +178,7 @@ def test_bad_exports_end_in_one_line(
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
-def test_export_of_the_same_build_is_at_once(
-    checkpoint: pathlib.Path, bundle: Bundle, capsys: pytest.CaptureFixture
-) -> None:
+def test_options_become_the_recipe(checkpoint: pathlib.Path, bundle: Bundle) -> None:
     arguments = ["export", str(checkpoint), "-o", str(bundle.path), "--tdtm", "2", "--lpl", "3"]
     recipe = video.video_recipe(_parsed(arguments), 1)
     assert (recipe.merge_steps, recipe.leap, recipe.leap_evaluations) == (2, "fixed", 3)

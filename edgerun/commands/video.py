@@ -75,6 +75,8 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
     blocks = arguments.blocks or depth
     if blocks > depth:
         raise ExportError(f"--blocks is {blocks}; the denoiser has {depth} pairs of blocks: give at most that")
+    if arguments.tdtm is None and arguments.tdtm_parts != ",".join(PAPER_PARTS):
+        raise ExportError("--tdtm-parts is given without --tdtm STEPS: pass both, or neither")
     return VideoRecipe(
         frames=arguments.frames,
         height=arguments.height,
@@ -183,8 +185,8 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
         raise EdgerunError(f"{arguments.bundle} makes a clip: pass -o CLIP.mp4 (or .gif, or .png)")
     if arguments.device != "host":
         raise EdgerunError(f"--device {arguments.device}: video bundles run on the host so far; leave --device out")
-    if arguments.stream:
-        raise EdgerunError("--stream is for text: leave it out")
+    if given := _text_options(arguments):
+        raise EdgerunError(f"{given[0]} is for text; {arguments.bundle} is a video bundle: leave it out")
     check_path(arguments.output)
     bundle = Bundle.open(arguments.bundle, kind="video")
     tokenizer = PromptTokenizer.load(bundle.path / "tokenizer", int(bundle.manifest["tokens"]["max_prompt_tokens"]))
@@ -243,6 +245,15 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
         dataclasses.replace(report, facts=(("clip", str(arguments.output)),), tables=(_table(clip, seconds),)),
         arguments,
     )
+
+
+def _text_options(arguments: argparse.Namespace) -> list[str]:
+    """What of `edgerun run`'s options for text was given another value than its default."""
+    from edgerun.commands.run import Sampling
+
+    of_text = {"stream": False} | dataclasses.asdict(Sampling())
+    del of_text["seed"]  # the noise has one too
+    return [f"--{name.replace('_', '-')}" for name, value in of_text.items() if getattr(arguments, name) != value]
 
 
 def _saved_state(path: pathlib.Path | None, run_facts: dict[str, Any]) -> bytes | None:
