@@ -157,7 +157,8 @@ def _cache_bytes(sizes: ModelSizes, recipe: Recipe) -> int:
             AttentionState.allocate(site.kv_heads, site.head_dim, recipe.max_context, one, dtype)
             for site, one in zip(sizes.sites, options, strict=True)
         ]
-    return sum(tensor.nbytes for state in states for tensor in (state.key_cache, state.value_cache, state.summaries))
+    kept = [(state.key_cache, state.value_cache, state.summaries, state.selection) for state in states]
+    return sum(tensor.nbytes for tensors in kept for tensor in tensors)
 
 
 def _planned_activation_bytes(sizes: ModelSizes, recipe: Recipe) -> int:

@@ -29,10 +29,11 @@ class DhsaOptions:
     query_pooling: Literal["mean", "max"] = "max"
     refine: int = 24  # channels of the keys that a single query (decode) reads to rank the best again; 0: never
     selector: Literal["chunk", "block-topk", "window-sink"] = "chunk"  # block-topk: fixed chunking, mean pooling
+    reselect: int = 1  # tokens of decode that one selection serves
 
     def minimum_budget(self) -> int:
         """Smallest budget that always holds the sink, the local band and the tile itself, in tokens."""
-        return self.sink + MAX_CHUNK + BOUNDARY_REACH + self.tile
+        return self.sink + MAX_CHUNK + BOUNDARY_REACH + self.tile + self.reselect - 1
 
     def __post_init__(self) -> None:
         if self.tile < 1:
@@ -44,11 +45,13 @@ class DhsaOptions:
                 f"dense_tail is {self.dense_tail}, dense_layers {self.dense_layers} and refine {self.refine}; "
                 "none can be below 0"
             )
+        if self.reselect < 1:
+            raise ExportError(f"reselect is {self.reselect} tokens; it must be at least 1 (select for every token)")
         if self.budget < self.minimum_budget():
             raise ExportError(
                 f"budget is {self.budget} tokens, below its minimum of {self.minimum_budget()} "
-                f"(sink {self.sink} + local {MAX_CHUNK + BOUNDARY_REACH} + tile {self.tile}): "
-                "raise --budget, or lower --tile or --sink"
+                f"(sink {self.sink} + local {MAX_CHUNK + BOUNDARY_REACH} + tile {self.tile} + reselect "
+                f"{self.reselect} - 1): raise --budget, or lower --tile, --sink or --reselect"
             )
 
 

@@ -47,9 +47,9 @@ Type as(const py::args& arguments, size_t index) {
   return arguments[index].cast<Type>();
 }
 
-// The 31 arguments that the three functions share. Raises ValueError for what dhsa::check refuses.
+// The 33 arguments that the three functions share. Raises ValueError for what dhsa::check refuses.
 Call parse_call(const py::args& arguments) {
-  constexpr size_t kCount = 31;
+  constexpr size_t kCount = 33;
   if (arguments.size() < kCount) {
     throw py::value_error("dhsa_attention takes " + std::to_string(kCount) + " arguments, not " +
                           std::to_string(arguments.size()));
@@ -65,6 +65,7 @@ Call parse_call(const py::args& arguments) {
   call.tensors.value_cache = address(i++);
   call.tensors.summaries = address(i++);
   call.tensors.boundaries = static_cast<uint8_t*>(address(i++));
+  call.tensors.selection = static_cast<int32_t*>(address(i++));
   Params& params = call.params;
   for (int64_t* field : {&params.tokens, &params.query_heads, &params.kv_heads, &params.head_dim,
                          &params.capacity_blocks, &params.input_pos}) {
@@ -84,6 +85,7 @@ Call parse_call(const py::args& arguments) {
   params.query_pooling = static_cast<edgerun::dhsa::QueryPooling>(as<int>(arguments, i++));
   params.selector = static_cast<edgerun::dhsa::Selector>(as<int>(arguments, i++));
   params.refine = as<int64_t>(arguments, i++);
+  params.reselect = as<int64_t>(arguments, i++);
   call.parallel = edgerun::python_threads(as<int64_t>(arguments, i++));
   return call;
 }
@@ -131,8 +133,8 @@ NestedLists dhsa_select(const py::args& arguments) {
 }
 
 std::pair<int64_t, int64_t> dhsa_attend(const py::args& arguments) {
-  constexpr size_t kLists = 31;
-  if (arguments.size() != kLists + 1) throw py::value_error("dhsa_attend takes the op's 31 arguments and the lists");
+  constexpr size_t kLists = 33;
+  if (arguments.size() != kLists + 1) throw py::value_error("dhsa_attend takes the op's 33 arguments and the lists");
   const Call call = parse_call(arguments);
   require_valid(call, false);
   if (!call.tensors.out) throw py::value_error("dhsa_attend needs out");

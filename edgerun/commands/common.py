@@ -238,6 +238,14 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         help="key channels that rank the best again in decode (--pooling moments); 0: none; default: %(default)s",
     )
     sparse.add_argument(
+        "--reselect",
+        type=int,
+        default=dhsa.reselect,
+        metavar="N",
+        help="tokens of decode that one selection serves: above 1 decode is faster, and looks at what it generates "
+        "later; default: %(default)s",
+    )
+    sparse.add_argument(
         "--selector", choices=("chunk", "block-topk", "window-sink"), default=dhsa.selector, help="default: %(default)s"
     )
 

@@ -65,11 +65,12 @@ class Step:
 
 
 class AttentionCache(nn.Module):
-    """The caches and chunk summaries of one layer, as buffers, and the op's options."""
+    """The caches, chunk summaries and kept selection of one layer, as buffers, and the op's options."""
 
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     summaries: torch.Tensor
+    selection: torch.Tensor
     no_boundaries: torch.Tensor
 
     def __init__(self, options: AttentionOptions, state: AttentionState, step: Step) -> None:
@@ -79,6 +80,7 @@ class AttentionCache(nn.Module):
         self.register_buffer("key_cache", state.key_cache)
         self.register_buffer("value_cache", state.value_cache)
         self.register_buffer("summaries", state.summaries)
+        self.register_buffer("selection", state.selection)
         if options.budget == 0:
             self.register_buffer("no_boundaries", state.boundaries)
 
@@ -87,7 +89,7 @@ class AttentionCache(nn.Module):
         input_pos = self.step.input_pos
         assert input_pos is not None, "a layer was called outside CausalLM.forward"
         boundaries = self.step.shared.boundaries if self.options.budget > 0 else self.no_boundaries
-        state = AttentionState(self.key_cache, self.value_cache, self.summaries, boundaries)
+        state = AttentionState(self.key_cache, self.value_cache, self.summaries, boundaries, self.selection)
         return attend(query, key, value, state, input_pos, self.options)
 
 

@@ -82,7 +82,7 @@ class CausalLM(nn.Module):
     def reset(self) -> None:
         """Zero the state. A call with input_pos 0 needs no reset."""
         for name, buffer in self.named_buffers():
-            if name.rsplit(".", 1)[-1] in ("key_cache", "value_cache", "summaries", "boundaries"):
+            if name.rsplit(".", 1)[-1] in ("key_cache", "value_cache", "summaries", "boundaries", "selection"):
                 buffer.zero_()
 
 

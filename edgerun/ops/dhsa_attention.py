@@ -71,13 +71,13 @@ __all__ = [
 # in order.
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) summaries, "
-    "Tensor(d!) boundaries, Tensor input_pos, float scale, float softcap, int window, int budget, int tile, int sink, "
-    "int dense_tail, int chunking, float boundary_threshold, bool finds_boundaries, int pooling, int query_pooling, "
-    "int selector, int refine"
+    "Tensor(d!) boundaries, Tensor(e!) selection, Tensor input_pos, float scale, float softcap, int window, "
+    "int budget, int tile, int sink, int dense_tail, int chunking, float boundary_threshold, bool finds_boundaries, "
+    "int pooling, int query_pooling, int selector, int refine, int reselect"
 )
 _LIBRARY = torch.library.Library("edgerun", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"dhsa_attention({_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"dhsa_attention.out({_ARGUMENTS}, *, Tensor(e!) out) -> Tensor(e!)")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"dhsa_attention.out({_ARGUMENTS}, *, Tensor(f!) out) -> Tensor(f!)")  # type: ignore[no-untyped-call]
 
 Lists = list[list[list[int]]]  # [KV head][group] -> micro-block ids, ascending
 
@@ -101,6 +101,7 @@ class _Native(Protocol):
         value_cache_ptr: int,
         summaries_ptr: int,
         boundaries_ptr: int,
+        selection_ptr: int,
         tokens: int,
         query_heads: int,
         kv_heads: int,
@@ -123,6 +124,7 @@ class _Native(Protocol):
         query_pooling: int,
         selector: int,
         refine: int,
+        reselect: int,
         threads: int,
         /,
     ) -> tuple[int, int]:
@@ -187,6 +189,7 @@ def attend(
         state.value_cache,
         state.summaries,
         state.boundaries,
+        state.selection,
         input_pos,
         *options.arguments(),
     )
@@ -208,7 +211,7 @@ def prepare_call(
     out [1, S, Hq, D] receives the result; all tensors are contiguous, and the function keeps them. Raises EdgerunError
     for what does not fit; the function raises ValueError for what the kernel refuses.
     """
-    tensors = (query, key, value, out, state.key_cache, state.value_cache, state.summaries, state.boundaries)
+    tensors = (query, key, value, out, *state.tensors())
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise EdgerunError("a prepared call takes contiguous tensors")
     if tuple(out.shape) != _result_shape(query) or out.dtype != query.dtype:
@@ -261,7 +264,7 @@ def _native_arguments(
     options: AttentionOptions,
     threads: int,
 ) -> tuple[float, ...]:
-    tensors = (query, key, value, out, state.key_cache, state.value_cache, state.summaries, state.boundaries)
+    tensors = (query, key, value, out, *state.tensors())
     return (
         *(0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr() for tensor in tensors),
         query.shape[2],
@@ -315,6 +318,8 @@ def check_shapes(
         expected["summaries"] = (kv_heads, blocks, options.summary_vectors, head_dim)
     if options.budget > 0 or options.finds_boundaries:
         expected["boundaries"] = (blocks + 1,)
+    if options.keeps_selection:
+        expected["selection"] = (kv_heads, options.selection_integers)
     for name, shape in expected.items():
         found = getattr(state, name)
         if tuple(found.shape) != shape:
@@ -326,12 +331,12 @@ def check_shapes(
     dtypes = {tensor.dtype for tensor in (query, key, value)}
     cache = state.key_cache.dtype
     summaries = summaries_dtype(cache)
-    found_dtypes = (state.value_cache.dtype, state.summaries.dtype, state.boundaries.dtype)
-    if len(dtypes) != 1 or found_dtypes != (cache, summaries, torch.uint8):
+    found_dtypes = (state.value_cache.dtype, state.summaries.dtype, state.boundaries.dtype, state.selection.dtype)
+    if len(dtypes) != 1 or found_dtypes != (cache, summaries, torch.uint8, torch.int32):
         raise EdgerunError(
             f"query, key and value have dtypes {sorted(map(str, dtypes))}, the caches {cache} and {found_dtypes[0]}, "
-            f"summaries {found_dtypes[1]}, boundaries {found_dtypes[2]}; expected one float dtype for the first three, "
-            f"one for the caches, {summaries} for the summaries beside it, and uint8"
+            f"summaries {found_dtypes[1]}, boundaries {found_dtypes[2]}, selection {found_dtypes[3]}; expected one "
+            f"float dtype for the first three, one for the caches, {summaries} for the summaries, uint8 and int32"
         )
 
 
@@ -357,12 +362,13 @@ def _implementation(
     value_cache: torch.Tensor,
     summaries: torch.Tensor,
     boundaries: torch.Tensor,
+    selection: torch.Tensor,
     input_pos: torch.Tensor,
     *scalars: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     options = _options(scalars)
-    state = AttentionState(key_cache, value_cache, summaries, boundaries)
+    state = AttentionState(key_cache, value_cache, summaries, boundaries, selection)
     check_shapes(query, key, value, state, options)
     position = int(input_pos.item())
     check_position(query.shape[2], key.shape[2], value.shape[2], position, state.capacity_tokens)
@@ -375,7 +381,7 @@ def _implementation(
         out = query.new_empty(_result_shape(query))
     if tuple(out.shape) != _result_shape(query) or out.dtype != query.dtype:
         raise EdgerunError(f"out is {list(out.shape)} {out.dtype}; expected {list(_result_shape(query))} {query.dtype}")
-    if not all(t.is_contiguous() for t in (key_cache, value_cache, summaries, boundaries, out)):
+    if not all(t.is_contiguous() for t in (*state.tensors(), out)):
         raise EdgerunError("the state and the result must be contiguous, since the kernel writes them in place")
     inputs = (query.contiguous(), key.contiguous(), value.contiguous())
     arguments = _native_arguments(*inputs, out, state, position, options, torch.get_num_threads())
@@ -398,17 +404,19 @@ def _fake(
     value_cache: torch.Tensor,
     summaries: torch.Tensor,
     boundaries: torch.Tensor,
+    selection: torch.Tensor,
     input_pos: torch.Tensor,
     *scalars: float,
 ) -> torch.Tensor:
-    check_shapes(query, key, value, AttentionState(key_cache, value_cache, summaries, boundaries), _options(scalars))
+    state = AttentionState(key_cache, value_cache, summaries, boundaries, selection)
+    check_shapes(query, key, value, state, _options(scalars))
     return query.new_empty(_result_shape(query))
 
 
 def _options(scalars: Sequence[float]) -> AttentionOptions:
     """AttentionOptions of the schema's scalars; checks them."""
     scale, softcap, window, budget, tile, sink, dense_tail = scalars[:7]
-    chunking, boundary_threshold, finds_boundaries, pooling, query_pooling, selector, refine = scalars[7:]
+    chunking, boundary_threshold, finds_boundaries, pooling, query_pooling, selector, refine, reselect = scalars[7:]
     try:
         return AttentionOptions(
             scale=scale,
@@ -425,6 +433,7 @@ def _options(scalars: Sequence[float]) -> AttentionOptions:
             query_pooling=QueryPooling(int(query_pooling)),
             selector=Selector(int(selector)),
             refine=int(refine),
+            reselect=int(reselect),
         )
     except ValueError as error:
         raise EdgerunError(f"dhsa_attention: {error}; see csrc/ops/dhsa_attention/dhsa_attention.h") from error

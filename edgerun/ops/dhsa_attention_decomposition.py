@@ -62,6 +62,10 @@ def decomposition(
         raise EdgerunError(
             f"the cache is {key_cache.dtype}: targets without custom ops take float32 and float16 caches"
         )
+    if options.keeps_selection:
+        raise EdgerunError(
+            f"reselect is {options.reselect}: targets without custom ops select for every token, so take reselect 1"
+        )
     key_cache, value_cache = _append(key, value, key_cache, value_cache, input_pos)
     tokens = key.shape[2]
     if options.budget > 0 and options.finds_boundaries:

@@ -17,6 +17,7 @@ import torch
 from edgerun.ops.dhsa_attention_types import (
     BOUNDARY_SPAN,
     BOUNDARY_WINDOW,
+    KEPT_HEADER,
     REFINE_FACTOR,
     REFINE_LEAST,
     SCALE_CHANNELS,
@@ -57,7 +58,13 @@ def reference(
     """
     position = int(input_pos)
     append(key, value, state, position, options)
-    selection = reference_lists(query, state, position, options)
+    selection = _kept_lists(state, position, query.shape[2], options, position - 1)
+    if selection is not None:
+        state.selection[:, 0] = position
+        state.selection[:, 1] -= 1
+    else:
+        selection = select_lists(query, state, position, options)
+        _keep_lists(state, selection, position, query.shape[2], options)
     return reference_attend(query, state, position, options, block_lists(selection))
 
 
@@ -195,7 +202,43 @@ def groups(tokens: int, input_pos: int, tile: int) -> list[tuple[int, int]]:
 
 
 def reference_lists(query: torch.Tensor, state: AttentionState, input_pos: int, options: AttentionOptions) -> Selection:
-    """Selects for query [1, Hq, S, D] on a state that already holds the call's tokens, input_pos + S of them."""
+    """The lists of query [1, Hq, S, D] on a state that already holds the call's tokens, input_pos + S of them: those
+    that were kept for this call, or selected anew."""
+    kept = _kept_lists(state, input_pos, query.shape[2], options, input_pos)
+    return select_lists(query, state, input_pos, options) if kept is None else kept
+
+
+def _kept_lists(
+    state: AttentionState, input_pos: int, tokens: int, options: AttentionOptions, last: int
+) -> Selection | None:
+    """What an earlier call of one row kept for this one: the lists that served the call at `last`, if they still do."""
+    if not options.keeps_selection or tokens != 1 or input_pos + 1 <= options.budget:
+        return None
+    kept = state.selection.tolist()
+    if any(row[0] != last or (last < input_pos and row[1] <= 0) for row in kept):
+        return None
+    sink, past_the_end = range(options.sink // MICRO_BLOCK), input_pos // MICRO_BLOCK + 1
+    chosen = [row[KEPT_HEADER : KEPT_HEADER + row[3]] for row in kept]
+    return [[BlockList([*sink, *ids, *range(row[2], past_the_end)])] for row, ids in zip(kept, chosen, strict=True)]
+
+
+def _keep_lists(
+    state: AttentionState, selection: Selection, input_pos: int, tokens: int, options: AttentionOptions
+) -> None:
+    """Keeps what a call of one row chose; any other call forgets what was kept."""
+    if not options.keeps_selection:
+        return
+    state.selection[:, 0] = -2  # no position, nor one before the first
+    if tokens != 1 or selection[0][0].scores is None:
+        return
+    local, sink = _local_block(state.boundaries, input_pos), options.sink // MICRO_BLOCK
+    for row, (group,) in zip(state.selection, selection, strict=True):
+        chosen = group.blocks[sink : sink + group.chosen]
+        row[: KEPT_HEADER + len(chosen)] = torch.tensor([input_pos, options.reselect - 1, local, len(chosen), *chosen])
+
+
+def select_lists(query: torch.Tensor, state: AttentionState, input_pos: int, options: AttentionOptions) -> Selection:
+    """Selects for query [1, Hq, S, D] on a state that already holds the call's tokens."""
     tokens = query.shape[2]
     kv_heads = state.key_cache.shape[0]
     queries = query[0].reshape(kv_heads, -1, *query.shape[2:]).to(_arithmetic(query.dtype))  # [Hkv, G, S, D]
@@ -222,7 +265,8 @@ def _block_list(
     local = _local_block(state.boundaries, start)
     sink = options.sink // MICRO_BLOCK  # < local, and the budget holds what is forced: that is the budget's minimum
     forced_tokens = sink * MICRO_BLOCK + end - local * MICRO_BLOCK
-    count = (options.budget - forced_tokens) // MICRO_BLOCK  # < local - sink, since end > budget
+    to_come = options.reselect - 1 if call_tokens == 1 else 0  # tokens that a kept list will have to hold besides
+    count = (options.budget - forced_tokens - to_come) // MICRO_BLOCK  # < local - sink, since end > budget
     if options.selector == Selector.RECENT:
         scores = torch.arange(sink, local, dtype=queries.dtype)
     else:

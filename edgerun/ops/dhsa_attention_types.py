@@ -19,6 +19,7 @@ REFINE_FACTOR, REFINE_LEAST = 2, 256  # micro-blocks ranked again: so many times
 BOUNDARY_SPAN = 8  # a cut may be caused by a gap this many tokens from its edge
 MAX_BLOCKS = 1 << 16  # micro-block ids are 16 bits wide
 CACHE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}  # the op's; the reference takes any float dtype
+KEPT_HEADER = 4  # integers before the micro-blocks of a kept list: last position, calls left, L / 16, count
 SCALE_CHANNELS = 32  # of a key that share a scale in an int8 cache
 
 
@@ -71,6 +72,7 @@ class AttentionOptions:
     query_pooling: QueryPooling = QueryPooling.MAX
     selector: Selector = Selector.CHUNK
     refine: int = 0  # key channels, 0: none
+    reselect: int = 1  # tokens of decode that one selection serves
 
     def __post_init__(self) -> None:
         """Raises EdgerunError for settings that the op cannot serve."""
@@ -83,11 +85,14 @@ class AttentionOptions:
             raise EdgerunError(f"tile is {self.tile} tokens; it must be at least 1")
         if self.sink < 0 or self.sink % MICRO_BLOCK:
             raise EdgerunError(f"sink is {self.sink} tokens; it must be a multiple of {MICRO_BLOCK}")
-        minimum = self.sink + MAX_CHUNK + BOUNDARY_REACH + self.tile
+        if self.reselect < 1:
+            raise EdgerunError(f"reselect is {self.reselect} tokens; it must be at least 1 (every token)")
+        minimum = self.sink + MAX_CHUNK + BOUNDARY_REACH + self.tile + self.reselect - 1
         if 0 < self.budget < minimum:
             raise EdgerunError(
                 f"budget is {self.budget} tokens, below its minimum of {minimum} (sink {self.sink} + local "
-                f"{MAX_CHUNK + BOUNDARY_REACH} + tile {self.tile}): raise the budget, or lower tile or sink; 0 is dense"
+                f"{MAX_CHUNK + BOUNDARY_REACH} + tile {self.tile} + reselect {self.reselect} - 1): raise the budget, "
+                "or lower tile, sink or reselect; 0 is dense"
             )
 
     @staticmethod
@@ -122,6 +127,7 @@ class AttentionOptions:
             query_pooling=QueryPooling[dhsa.query_pooling.upper()],
             selector=Selector.RECENT if dhsa.selector == "window-sink" else Selector.CHUNK,
             refine=dhsa.refine if dhsa.selector == "chunk" and dhsa.pooling == "moments" else 0,
+            reselect=dhsa.reselect,
         )
 
     @property
@@ -136,6 +142,16 @@ class AttentionOptions:
         """Whether calls write chunk summaries."""
         return self.budget > 0 and self.selector == Selector.CHUNK
 
+    @property
+    def keeps_selection(self) -> bool:
+        """Whether decode keeps what it selected for the tokens after."""
+        return self.budget > 0 and self.window == 0 and self.reselect > 1
+
+    @property
+    def selection_integers(self) -> int:
+        """Integers that a KV head keeps of its last selection: KEPT_HEADER of them, then the chosen micro-blocks."""
+        return KEPT_HEADER + self.budget // MICRO_BLOCK
+
     def refines(self, rows: int) -> bool:
         """Whether a query group of so many rows ranks its best candidates again, by their keys."""
         return self.refine > 0 and rows == 1 and self.pooling == Pooling.MOMENTS
@@ -145,7 +161,7 @@ class AttentionOptions:
         """Vectors per micro-block: 2 with min-max (minimum, maximum) and moments (mean, variance) pooling, else 1."""
         return 2 if self.pooling in (Pooling.MINMAX, Pooling.MOMENTS) else 1
 
-    def arguments(self) -> tuple[float, float, int, int, int, int, int, int, float, bool, int, int, int, int]:
+    def arguments(self) -> tuple[float, float, int, int, int, int, int, int, float, bool, int, int, int, int, int]:
         """The values as the op's schema orders them, enums as plain integers."""
         return (
             float(self.scale),
@@ -162,6 +178,7 @@ class AttentionOptions:
             int(self.query_pooling),
             int(self.selector),
             self.refine,
+            self.reselect,
         )
 
 
@@ -172,12 +189,14 @@ class AttentionState:
     key_cache [Hkv, M, D, 16] and value_cache [Hkv, M, 16, D], M micro-blocks of 16 tokens; summaries [Hkv, M, P, D],
     or [Hkv, 0, 1, D] where not kept; boundaries uint8 [M + 1], or [0] where not read. int8 caches hold micro-blocks of
     bytes, integers and then float16 scales: keys { [D, 16], [ceil(D / 32), 16] }, values { [16, D], [16] }.
+    selection int32 [Hkv, 4 + budget / 16], what decode selected last, or [Hkv, 0] where every token selects.
     """
 
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     summaries: torch.Tensor
     boundaries: torch.Tensor
+    selection: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int32))
 
     @staticmethod
     def allocate(
@@ -204,7 +223,14 @@ class AttentionState:
             value_cache=torch.zeros(kv_heads, *value_shape, dtype=dtype),
             summaries=torch.zeros(kv_heads, *summaries, head_dim, dtype=summaries_dtype(dtype)),
             boundaries=boundaries,
+            selection=torch.zeros(
+                kv_heads, options.selection_integers if options.keeps_selection else 0, dtype=torch.int32
+            ),
         )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in the order of the op's arguments."""
+        return (self.key_cache, self.value_cache, self.summaries, self.boundaries, self.selection)
 
     @property
     def capacity_tokens(self) -> int:
@@ -236,9 +262,7 @@ class AttentionState:
 
     def clone(self) -> AttentionState:
         """An independent copy."""
-        return AttentionState(
-            self.key_cache.clone(), self.value_cache.clone(), self.summaries.clone(), self.boundaries.clone()
-        )
+        return AttentionState(*(tensor.clone() for tensor in self.tensors()))
 
     def to(self, dtype: torch.dtype) -> AttentionState:
         """A copy whose caches and summaries have another float dtype."""
@@ -247,6 +271,7 @@ class AttentionState:
             self.values().to(dtype, copy=True),
             self.summaries.to(dtype, copy=True),
             self.boundaries.clone(),
+            self.selection.clone(),
         )
 
 

@@ -78,7 +78,7 @@ def test_reset_forgets(tmp_path: pathlib.Path) -> None:
     eager(model, token_ids()[:32], 0)
     model.reset()
     state = {name: tensor for name, tensor in model.named_buffers() if "cache" in name or "boundaries" in name}
-    assert len(state) == 7
+    assert len(state) == 9
     assert not any(tensor.any() for tensor in state.values())
 
 

@@ -97,6 +97,7 @@ class Case:
         for tensor in (state.key_cache, state.value_cache, state.summaries):
             tensor.fill_(100)
         state.boundaries.fill_(1)
+        state.selection.fill_(100)
         return state
 
     def with_options(self, **changes: object) -> Case:

@@ -23,17 +23,18 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         kinds = [LayerAttention(0.25), LayerAttention(0.25, window=32), LayerAttention(0.25), LayerAttention(0.25)]
-        self.options = layer_options(DhsaOptions(budget=256, dense_layers=1, pooling="moments"), kinds)
+        self.options = layer_options(DhsaOptions(budget=256, dense_layers=1, pooling="moments", reselect=4), kinds)
         self.register_buffer("boundaries", torch.zeros(MAX_CONTEXT // 16 + 1, dtype=torch.uint8))
         self.register_buffer("no_boundaries", torch.zeros(0, dtype=torch.uint8))
         for index, options in enumerate(self.options):
             state = op.AttentionState.allocate(KV_HEADS, HEAD_DIM, MAX_CONTEXT, options)
-            for name in ("key_cache", "value_cache", "summaries"):
+            for name in ("key_cache", "value_cache", "summaries", "selection"):
                 self.register_buffer(f"{name}_{index}", getattr(state, name))
 
     def state(self, index: int) -> op.AttentionState:
-        caches = (getattr(self, f"{name}_{index}") for name in ("key_cache", "value_cache", "summaries"))
-        return op.AttentionState(*caches, self.boundaries if self.options[index].budget else self.no_boundaries)
+        caches = [getattr(self, f"{name}_{index}") for name in ("key_cache", "value_cache", "summaries")]
+        boundaries = self.boundaries if self.options[index].budget else self.no_boundaries
+        return op.AttentionState(*caches, boundaries, getattr(self, f"selection_{index}"))
 
     def forward(self, x: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
         for index, options in enumerate(self.options):
@@ -60,12 +61,13 @@ def test_program_writes_its_buffers_in_place_and_in_order(exported: torch.export
     assert not any(names[call.op_index].startswith("aten::copy") for call in calls)  # written in place
     states = [layer[3:6] for layer in layers]
     assert len({value for state in states for value in state}) == 12
+    assert len({layer[7] for layer in layers}) == 4
     assert layers[2][6] == layers[3][6] != layers[0][6] == layers[1][6]
-    finds_boundaries = [plan.values[layer[17]].val.bool_val for layer in layers]
+    finds_boundaries = [plan.values[layer[18]].val.bool_val for layer in layers]
     assert finds_boundaries == [False, False, True, False]
-    sizes = [[plan.values[value].val for value in layer[3:7]] for layer in layers]
+    sizes = [[plan.values[value].val for value in layer[3:8]] for layer in layers]
     assert all(isinstance(value, Tensor) for state in sizes for value in state)
-    assert [list(value.sizes) for value in sizes[2]] == [[2, 32, 8, 16], [2, 32, 16, 8], [2, 32, 2, 8], [33]]
+    assert [list(value.sizes) for value in sizes[2]] == [[2, 32, 8, 16], [2, 32, 16, 8], [2, 32, 2, 8], [33], [2, 20]]
 
 
 def test_export_keeps_the_number_of_tokens_open(exported: torch.export.ExportedProgram) -> None:
@@ -76,7 +78,7 @@ def test_export_keeps_the_number_of_tokens_open(exported: torch.export.ExportedP
 def test_schema_declares_what_the_op_writes_and_the_fake_its_shape() -> None:
     case = make_case(small_options(), 200)
     state = case.new_state()
-    tensors = (state.key_cache, state.value_cache, state.summaries, state.boundaries, torch.tensor([0]))
+    tensors = (*state.tensors(), torch.tensor([0]))
     arguments = (*case.rows(0, 200), *tensors, *case.options.arguments())
     overload = torch.ops.edgerun.dhsa_attention.default
     torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -87,7 +89,7 @@ def test_out_overload_fills_what_it_is_given() -> None:
     state, other = case.new_state(), case.new_state()
     expected = op.attend(*case.rows(0, 200), state, torch.tensor([0]), case.options)
     out = torch.empty_like(expected)
-    tensors = (other.key_cache, other.value_cache, other.summaries, other.boundaries, torch.tensor([0]))
+    tensors = (*other.tensors(), torch.tensor([0]))
     arguments = (*case.rows(0, 200), *tensors, *case.options.arguments())
     result = torch.ops.edgerun.dhsa_attention.out(*arguments, out=out)
     assert result.data_ptr() == out.data_ptr()
@@ -100,6 +102,6 @@ def test_out_overload_refuses_another_shape_or_dtype(wrong: dict) -> None:
     state = case.new_state()
     size = op.attend(*case.rows(0, 200), state, torch.tensor([0]), case.options).shape
     out = torch.empty(**({"size": size} | wrong))
-    tensors = (state.key_cache, state.value_cache, state.summaries, state.boundaries, torch.tensor([0]))
+    tensors = (*state.tensors(), torch.tensor([0]))
     with pytest.raises(EdgerunError, match=r"out is .*; expected"):
         torch.ops.edgerun.dhsa_attention.out(*case.rows(0, 200), *tensors, *case.options.arguments(), out=out)

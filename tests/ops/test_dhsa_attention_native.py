@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 import shutil
@@ -26,6 +27,7 @@ NATIVE = IMPLEMENTATIONS["native"]
 VARIANTS = native_module().dhsa_variants()
 BUFFER = torch.zeros(4096)  # room for any of the small calls below, should one not be refused
 SPARSE = AttentionOptions(scale=0.125, budget=272, finds_boundaries=True)
+KEEPING = dataclasses.replace(SPARSE, reselect=4)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -84,7 +86,8 @@ def test_variants_leave_the_same_state() -> None:
 
 def arguments(**changes: float) -> list[float]:
     """A valid positional call of `_native.dhsa_attention` on one token, with some arguments changed."""
-    pointers = ("query", "key", "value", "out", "key_cache", "value_cache", "summaries", "boundaries")
+    states = ("key_cache", "value_cache", "summaries", "boundaries", "selection")
+    pointers = ("query", "key", "value", "out", *states)
     ones = ("tokens", "query_heads", "kv_heads", "head_dim")
     values: dict[str, float] = dict.fromkeys(pointers, BUFFER.data_ptr()) | dict.fromkeys(ones, 1)
     values |= {
@@ -98,7 +101,7 @@ def arguments(**changes: float) -> list[float]:
         "budget": 0,
     }
     values |= {"tile": 1, "sink": 0, "dense_tail": 0, "chunking": 0, "threshold": 0.0, "finds_boundaries": False}
-    values |= {"pooling": 0, "query_pooling": 0, "selector": 0, "refine": 0, "threads": 1}
+    values |= {"pooling": 0, "query_pooling": 0, "selector": 0, "refine": 0, "reselect": 1, "threads": 1}
     return list((values | changes).values())
 
 
@@ -117,9 +120,12 @@ def arguments(**changes: float) -> list[float]:
         ({"scale": float("nan")}, "scale is not finite"),
         ({"selector": 7}, "none of its values"),
         ({"refine": -1}, "number of channels"),
+        ({"reselect": 0}, "at least 1 token"),
+        ({"budget": 80, "reselect": 5}, r"at least sink \+ 64 \+ 12 \+ tile \+ reselect - 1 tokens"),
         ({"key_cache": 0}, "are all needed"),
         ({"budget": 200, "boundaries": 0}, "boundaries buffer"),
         ({"budget": 200, "summaries": 0}, "needs the summaries"),
+        ({"budget": 200, "reselect": 2, "selection": 0}, "needs the selection buffer"),
     ],
 )
 def test_what_cannot_be_served_is_refused(changes: dict[str, float], message: str) -> None:
@@ -128,7 +134,7 @@ def test_what_cannot_be_served_is_refused(changes: dict[str, float], message: st
 
 
 def test_a_missing_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes 31 arguments, not 30"):
+    with pytest.raises(ValueError, match="takes 33 arguments, not 32"):
         native_module().dhsa_attention(*arguments()[:-1])
 
 
@@ -149,13 +155,13 @@ class Layer(torch.nn.Module):
     def __init__(self, options: AttentionOptions, state: AttentionState) -> None:
         super().__init__()
         self.options = options
-        for name in ("key_cache", "value_cache", "summaries", "boundaries"):
+        for name in ("key_cache", "value_cache", "summaries", "boundaries", "selection"):
             self.register_buffer(name, getattr(state, name))
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, input_pos: torch.Tensor
     ) -> torch.Tensor:
-        state = AttentionState(self.key_cache, self.value_cache, self.summaries, self.boundaries)
+        state = AttentionState(self.key_cache, self.value_cache, self.summaries, self.boundaries, self.selection)
         return op.attend(query, key, value, state, input_pos, self.options)
 
 
@@ -165,7 +171,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     case = make_case(SPARSE, 200, head_dim=16)
-    layer = Layer(SPARSE, AttentionState.allocate(2, 16, 512, SPARSE))
+    layer = Layer(KEEPING, AttentionState.allocate(2, 16, 512, KEEPING))
     tokens = torch.export.Dim("tokens", min=1, max=200)
     shapes = ({2: tokens}, {2: tokens}, {2: tokens}, None)
     exported = torch.export.export(layer, (*case.rows(0, 200), torch.tensor([0])), dynamic_shapes=shapes)
@@ -181,9 +187,9 @@ def test_executorch_gives_the_bits_of_the_torch_op(program: Path) -> None:
 
     _library.load_op_library()
     module = _load_for_executorch(str(program))
-    case = make_case(SPARSE, 460, head_dim=16)
+    case = make_case(KEEPING, 460, head_dim=16)
     state = case.new_state()
-    for first, last in itertools.pairwise([0, 200, 337, 459, 460]):
+    for first, last in itertools.pairwise([0, 200, 337, *range(452, 461)]):
         got = module.run_method(
             "forward", (*(rows.contiguous() for rows in case.rows(first, last)), torch.tensor([first]))
         )

@@ -47,7 +47,12 @@
 //      refine > 0, kChunk with kMoments, and the group is one row (so always in decode, and with T = 1): the
 //      max(2 extra, 256) first micro-blocks in that order are scored again, one by one (see below), and extra of them
 //      chosen in the new order. A single query looks for single tokens, which the moments of 16 keys can hide.
-//   `sink` is a multiple of 16. budget >= sink + 64 + kBoundaryReach + tile, or the call is refused.
+//   `sink` is a multiple of 16. budget >= sink + 64 + kBoundaryReach + tile + reselect - 1, or the call is refused.
+//
+// Decode with reselect = r > 1: a call of one row whose list was chosen by 3 keeps what it chose for up to r - 1 calls
+//   after it, each of one row at the position after the last one's: their lists are [0, sink), the same chosen
+//   micro-blocks, and [L, E) with the L of then. extra = (budget - forced tokens - (r - 1)) / 16 for a call of one row,
+//   so that the budget holds for all of them. Any other call, a prompt or a step back, forgets it.
 //
 // Score of chunk c = {micro-blocks} for the pooled queries Q (float): max over q in Q of score(q, c), where with
 //   t(b) = q . summary[b] (float)
@@ -69,7 +74,8 @@
 //
 // Laws (tests/ops/test_dhsa_attention.py), for finite values: after n tokens cache, summaries and boundaries are
 //   bit-identical for every partition of [0, n) into calls; cuts at multiples of `tile` give bit-identical lists and
-//   outputs (where dense_tail is 0: that rule looks at the size of the call); nothing depends on threads; a list that
+//   outputs (where dense_tail is 0 and reselect 1: those rules look at the size of the call, and at the calls before
+//   it); nothing depends on threads; a list that
 //   is the dense list gives the dense output bit for bit.
 #pragma once
 
@@ -87,6 +93,8 @@ inline constexpr int64_t kBoundaryWindow = 4;  // keys averaged on either side o
 inline constexpr int64_t kBoundaryReach = kBoundarySpan + kBoundaryWindow;
 inline constexpr int64_t kRefineFactor = 2;   // micro-blocks scored again: so many times those chosen,
 inline constexpr int64_t kRefineLeast = 256;  // and at least so many
+
+inline constexpr int64_t kKeptHeader = 4;  // integers before the micro-blocks of a kept list
 
 inline constexpr int64_t kScaleChannels = 32;  // of a key that share a scale in an 8-bit cache
 
@@ -110,6 +118,10 @@ static inline constexpr int64_t value_block_bytes(Dtype cache, int64_t head_dim)
   return cache == Dtype::kInt8 ? kMicroBlock * (head_dim + 2) : key_block_bytes(cache, head_dim);
 }
 
+// Integers that a KV head keeps of its last selection: the position of the last call, how many more calls it serves,
+// L / 16, how many micro-blocks were chosen, then those.
+static inline constexpr int64_t kept_integers(int64_t budget) { return kKeptHeader + budget / kMicroBlock; }
+
 struct Params {
   int64_t tokens = 0;       // S
   int64_t query_heads = 0;  // a multiple of kv_heads
@@ -132,7 +144,8 @@ struct Params {
   Pooling pooling = Pooling::kMean;
   QueryPooling query_pooling = QueryPooling::kQueryMax;
   Selector selector = Selector::kChunk;
-  int64_t refine = 0;  // channels of the keys that a second ranking reads in decode; 0: none
+  int64_t refine = 0;    // channels of the keys that a second ranking reads in decode; 0: none
+  int64_t reselect = 1;  // tokens of decode that one selection serves, r
 };
 
 // Row-major, contiguous. query [Hq, S, D], key and value [Hkv, S, D], out [S, Hq, D] (ready for the output projection).
@@ -146,6 +159,7 @@ struct Tensors {
   void* value_cache = nullptr;  // [Hkv, M, 16, D]
   void* summaries = nullptr;    // [Hkv, M, P, D], P = summary_vectors(pooling); may be null when budget == 0 or kRecent
   uint8_t* boundaries = nullptr;  // [M + 1]; may be null when budget == 0
+  int32_t* selection = nullptr;   // [Hkv, kept_integers(budget)]; may be null when budget == 0 or reselect == 1
 };
 
 // What a call attended, counted from the lists: realised density = attended_pairs / causal_pairs.
@@ -176,7 +190,8 @@ size_t scratch_bytes(const Params& params, int64_t workers);
 // The op: append, boundaries, summaries, select, attend. `scratch` is aligned to 64 bytes. Fills *counters if not null.
 void run(const Params& params, const Tensors& tensors, void* scratch, const Parallel& parallel, Counters* counters);
 
-// Two of its stages alone, for tests and timing, on a state that holds the call's tokens. `attend` takes any lists.
+// Two of its stages alone, for tests and timing, on a state that holds the call's tokens. `attend` takes any lists;
+// `select` gives the list that a call kept for its own position, and keeps none.
 void select(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel);
 void attend(const Params& params, const Tensors& tensors, const Lists& lists, void* scratch, const Parallel& parallel,
             Counters* counters);

@@ -39,7 +39,7 @@ Dtype dtype_of(const Tensor& tensor) {
 
 // What is wrong with the state's dtypes and shapes, or nullptr.
 const char* check_state(const Tensor& key_cache, const Tensor& value_cache, const Tensor& summaries,
-                        const Tensor& boundaries, int64_t depth, Pooling pooling) {
+                        const Tensor& boundaries, const Tensor& selection, int64_t depth, Pooling pooling) {
   const ScalarType dtype = key_cache.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::Char) {
     return "the caches must be float32, float16 or int8";
@@ -66,13 +66,14 @@ const char* check_state(const Tensor& key_cache, const Tensor& value_cache, cons
   if (boundaries.numel() > 0 && !has_sizes(boundaries, {blocks + 1})) {
     return "boundaries must be [micro-blocks + 1], or empty";
   }
+  if (selection.scalar_type() != ScalarType::Int) return "selection must be int32";
   return nullptr;
 }
 
 // What is wrong with the tensors' dtypes and shapes, or nullptr.
 const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
                           const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries,
-                          const Tensor& input_pos, const Tensor& out, Pooling pooling) {
+                          const Tensor& selection, const Tensor& input_pos, const Tensor& out, Pooling pooling) {
   if (query.dim() != 4 || query.size(0) != 1) return "query must be [1, query heads, tokens, head_dim]";
   if (key_cache.dim() < 2) return "key_cache must be [kv heads, micro-blocks, ...]";
   const ScalarType dtype = query.scalar_type();
@@ -87,14 +88,15 @@ const char* check_tensors(const Tensor& query, const Tensor& key, const Tensor& 
   if (!has_sizes(key, {1, heads, tokens, depth}) || !has_sizes(value, {1, heads, tokens, depth})) {
     return "key and value must be [1, kv heads, tokens, head_dim]";
   }
-  if (!contiguous({&query, &key, &value, &key_cache, &value_cache, &summaries, &boundaries, &out})) {
+  if (!contiguous({&query, &key, &value, &key_cache, &value_cache, &summaries, &boundaries, &selection, &out})) {
     return "all tensors must be contiguous";
   }
-  return check_state(key_cache, value_cache, summaries, boundaries, depth, pooling);
+  return check_state(key_cache, value_cache, summaries, boundaries, selection, depth, pooling);
 }
 
 Tensors pointers(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                 const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries, Tensor& out) {
+                 const Tensor& value_cache, const Tensor& summaries, const Tensor& boundaries, const Tensor& selection,
+                 Tensor& out) {
   Tensors tensors;
   tensors.query = query.const_data_ptr();
   tensors.key = key.const_data_ptr();
@@ -104,6 +106,7 @@ Tensors pointers(const Tensor& query, const Tensor& key, const Tensor& value, co
   tensors.value_cache = value_cache.mutable_data_ptr();
   tensors.summaries = summaries.numel() > 0 ? summaries.mutable_data_ptr() : nullptr;
   tensors.boundaries = boundaries.numel() > 0 ? boundaries.mutable_data_ptr<uint8_t>() : nullptr;
+  tensors.selection = selection.numel() > 0 ? selection.mutable_data_ptr<int32_t>() : nullptr;
   return tensors;
 }
 
@@ -138,12 +141,13 @@ void run_for_session(const Params& params, const Tensors& tensors, void* scratch
 
 Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& key_cache, const Tensor& value_cache, const Tensor& summaries,
-                           const Tensor& boundaries, const Tensor& input_pos, double scale, double softcap,
-                           int64_t window, int64_t budget, int64_t tile, int64_t sink, int64_t dense_tail,
-                           int64_t chunking, double boundary_threshold, bool finds_boundaries, int64_t pooling,
-                           int64_t query_pooling, int64_t selector, int64_t refine, Tensor& out) {
-  const char* wrong = check_tensors(query, key, value, key_cache, value_cache, summaries, boundaries, input_pos, out,
-                                    static_cast<Pooling>(pooling));
+                           const Tensor& boundaries, const Tensor& selection, const Tensor& input_pos, double scale,
+                           double softcap, int64_t window, int64_t budget, int64_t tile, int64_t sink,
+                           int64_t dense_tail, int64_t chunking, double boundary_threshold, bool finds_boundaries,
+                           int64_t pooling, int64_t query_pooling, int64_t selector, int64_t refine, int64_t reselect,
+                           Tensor& out) {
+  const char* wrong = check_tensors(query, key, value, key_cache, value_cache, summaries, boundaries, selection,
+                                    input_pos, out, static_cast<Pooling>(pooling));
   ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out, "dhsa_attention: %s", wrong);
 
   Params params;
@@ -169,6 +173,7 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   params.query_pooling = static_cast<QueryPooling>(query_pooling);
   params.selector = static_cast<Selector>(selector);
   params.refine = refine;
+  params.reselect = reselect;
 
   const SizesType sizes[4] = {1, static_cast<SizesType>(params.tokens), static_cast<SizesType>(params.query_heads),
                               static_cast<SizesType>(params.head_dim)};
@@ -176,8 +181,12 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
   ET_KERNEL_CHECK_MSG(context, resized == Error::Ok, InvalidArgument, out,
                       "dhsa_attention: out cannot hold [1, %d, %d, %d]", int(sizes[1]), int(sizes[2]), int(sizes[3]));
 
-  const Tensors tensors = pointers(query, key, value, key_cache, value_cache, summaries, boundaries, out);
+  const Tensors tensors = pointers(query, key, value, key_cache, value_cache, summaries, boundaries, selection, out);
   wrong = check(params, tensors);
+  if (wrong == nullptr && selection.numel() > 0 &&
+      !has_sizes(selection, {params.kv_heads, kept_integers(params.budget)})) {
+    wrong = "selection must be [kv heads, 4 + budget / 16], or empty";
+  }
   ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out,
                       "dhsa_attention: %s (input_pos %lld, tokens %lld, cache of %lld tokens)", wrong,
                       static_cast<long long>(params.input_pos), static_cast<long long>(params.tokens),

@@ -112,6 +112,18 @@ void for_each_group(const Params& params, const Parallel& parallel, const Task& 
                 [&](int64_t index, int64_t worker) { task(index / groups, groups - 1 - index % groups, worker); });
 }
 
+// A group's list: what an earlier call kept for this one, or a new selection.
+List choose_list(const Params& params, const Tensors& tensors, int64_t head, const Group& group, const Worker& mine) {
+  const List kept = kept_list(params, tensors, head, group, group.start - 1, mine.ids);
+  if (kept.count > 0) {
+    serve_kept_list(params, tensors, head);
+    return kept;
+  }
+  const List list = select_group(params, tensors, head, group, mine.ids, mine.scratch);
+  if (keeps_lists(params) && params.tokens == 1) keep_list(params, tensors, head, group, list, mine.ids);
+  return list;
+}
+
 // Appends, summarises and finds boundaries: what a call leaves behind.
 void update_state(const Params& params, const Tensors& tensors, const Parallel& parallel) {
   constexpr int64_t kWorthThreads = 16;  // tokens: below, waking a thread costs more than the copy
@@ -128,6 +140,7 @@ void update_state(const Params& params, const Tensors& tensors, const Parallel& 
     return BlockRange{first, std::min(first + kPart, blocks.end)};
   };
   if (params.finds_boundaries) clear_edges(params, tensors);
+  if (keeps_lists(params) && params.tokens > 1) forget_lists(params, tensors);
   for_each_task(pool, params.kv_heads / heads * parts, [&](int64_t index, int64_t) {
     const BlockRange part = part_at(index);
     for (int64_t head = index / parts * heads; head < (index / parts + 1) * heads; ++head) {
@@ -185,11 +198,15 @@ const char* check(const Params& params, const Tensors& tensors) {
   if (params.dense_tail < 0) return "dense_tail must not be negative";
   if (params.refine < 0) return "refine must be 0 (none) or a number of channels";
   constexpr int64_t kLocal = kMaxChunk + kBoundaryReach;
-  const auto too_small = [&] {  // without the sum of sink and tile, which could overflow
-    return params.budget - kLocal < params.sink || params.budget - kLocal - params.sink < params.tile;
+  if (params.reselect < 1) return "reselect must be at least 1 token";
+  const auto too_small = [&] {  // each subtracted from what is left: a sum of them could overflow
+    const int64_t after_sink = params.budget - kLocal - params.sink;
+    return params.budget - kLocal < params.sink || after_sink < params.tile ||
+           after_sink - params.tile < params.reselect - 1;
   };
   if (params.budget < 0 || (params.budget > 0 && too_small())) {
-    return "budget must be 0 (dense) or at least sink + 64 + 12 + tile tokens: raise it, or lower the tile or the sink";
+    return "budget must be 0 (dense) or at least sink + 64 + 12 + tile + reselect - 1 tokens: raise it, or lower the "
+           "others";
   }
   if (std::isnan(params.boundary_threshold)) return "boundary_threshold is not a number";
   const auto among = [](auto value, int count) {
@@ -207,6 +224,7 @@ const char* check(const Params& params, const Tensors& tensors) {
     return "a budget, or finds_boundaries, needs the boundaries buffer";
   if (sparse && params.selector == Selector::kChunk && !tensors.summaries)
     return "selection by chunks needs the summaries";
+  if (sparse && params.reselect > 1 && !tensors.selection) return "reselect above 1 needs the selection buffer";
   return nullptr;
 }
 
@@ -218,7 +236,9 @@ void select(const Params& params, const Tensors& tensors, const Lists& lists, vo
   const int64_t groups = group_count(params);
   for_each_group(params, parallel, [&](int64_t head, int64_t index, int64_t worker) {
     const Worker mine = worker_at(params, scratch, worker);
-    const List list = select_group(params, tensors, head, group_at(params, index), mine.ids, mine.scratch);
+    const Group group = group_at(params, index);
+    List list = kept_list(params, tensors, head, group, group.start, mine.ids);
+    if (list.count == 0) list = select_group(params, tensors, head, group, mine.ids, mine.scratch);
     const int64_t row = head * groups + index;
     uint16_t* ids = lists.ids + row * params.capacity_blocks;
     lists.counts[row] = list.count;
@@ -258,7 +278,7 @@ void run(const Params& params, const Tensors& tensors, void* scratch, const Para
   for_each_group(params, parallel, [&](int64_t head, int64_t index, int64_t worker) {
     const Worker mine = worker_at(params, scratch, worker);
     const Group group = group_at(params, index);
-    const List list = select_group(params, tensors, head, group, mine.ids, mine.scratch);
+    const List list = choose_list(params, tensors, head, group, mine);
     attend_group(params, tensors, variant, head, group, list, mine.ids, mine.scratch);
     if (counters) add_counters(params, group, list, mine.ids, mine.counters);
   });

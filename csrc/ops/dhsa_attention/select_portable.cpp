@@ -416,7 +416,8 @@ List select_group(const Params& params, const Tensors& tensors, int64_t head, co
   const int64_t local = local_start(tensors, group.start);
   const int64_t sink = std::min(params.sink / kMicroBlock, local);
   const int64_t forced_tokens = sink * kMicroBlock + group.end - local * kMicroBlock;
-  const int64_t extra = std::clamp<int64_t>((params.budget - forced_tokens) / kMicroBlock, 0, local - sink);
+  const int64_t room_tokens = params.budget - forced_tokens - (params.tokens == 1 ? params.reselect - 1 : 0);
+  const int64_t extra = std::clamp<int64_t>(room_tokens / kMicroBlock, 0, local - sink);
   if (extra == local - sink) return range(0);
   append_range(ids, 0, 0, sink);
   if (params.selector == Selector::kRecent) return List{kListed, append_range(ids, sink, local - extra, end)};
@@ -447,6 +448,68 @@ List select_group(const Params& params, const Tensors& tensors, int64_t head, co
     take_best(ranking, extra, ids + sink);
   }
   return List{kListed, append_range(ids, sink + extra, local, end)};
+}
+
+namespace {
+
+// A KV head's row of `selection`.
+struct Kept {
+  enum Field { kLast, kCallsLeft, kLocal, kCount };
+  static int32_t* row(const Params& params, const Tensors& tensors, int64_t head) {
+    return tensors.selection + head * kept_integers(params.budget);
+  }
+};
+
+constexpr int32_t kNoCall = -2;  // no position, nor one before the first
+
+}  // namespace
+
+bool keeps_lists(const Params& params) { return params.reselect > 1 && params.budget > 0 && params.window == 0; }
+
+List kept_list(const Params& params, const Tensors& tensors, int64_t head, const Group& group, int64_t last,
+               uint16_t* ids) {
+  const List none{kListed, 0};
+  if (!keeps_lists(params) || params.tokens != 1 || attends_densely(params, group)) return none;
+  const int32_t* kept = Kept::row(params, tensors, head);
+  const int64_t count = kept[Kept::kCount], local = kept[Kept::kLocal], end = blocks_for(group.end);
+  if (kept[Kept::kLast] != last || (last < group.start && kept[Kept::kCallsLeft] <= 0)) return none;
+  const int64_t sink = params.sink / kMicroBlock;
+  // Memory that no call wrote can hold anything: a list is taken only if it is one.
+  if (local < sink || local >= end || count < 0 || sink + count + end - local > list_capacity(params)) return none;
+  append_range(ids, 0, 0, sink);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = kept[kKeptHeader + i];
+    if (id < sink || id >= local) return none;
+    ids[sink + i] = static_cast<uint16_t>(id);
+  }
+  return List{kListed, append_range(ids, sink + count, local, end)};
+}
+
+void keep_list(const Params& params, const Tensors& tensors, int64_t head, const Group& group, const List& list,
+               const uint16_t* ids) {
+  int32_t* kept = Kept::row(params, tensors, head);
+  if (list.first != kListed) {
+    kept[Kept::kLast] = kNoCall;
+    return;
+  }
+  const int64_t local = local_start(tensors, group.start);
+  const int64_t sink = params.sink / kMicroBlock;
+  const int64_t count = list.count - sink - (blocks_for(group.end) - local);
+  kept[Kept::kLast] = static_cast<int32_t>(group.start);
+  kept[Kept::kCallsLeft] = static_cast<int32_t>(params.reselect - 1);
+  kept[Kept::kLocal] = static_cast<int32_t>(local);
+  kept[Kept::kCount] = static_cast<int32_t>(count);
+  std::copy_n(ids + sink, count, kept + kKeptHeader);
+}
+
+void serve_kept_list(const Params& params, const Tensors& tensors, int64_t head) {
+  int32_t* kept = Kept::row(params, tensors, head);
+  kept[Kept::kLast] = static_cast<int32_t>(params.input_pos);
+  --kept[Kept::kCallsLeft];
+}
+
+void forget_lists(const Params& params, const Tensors& tensors) {
+  for (int64_t head = 0; head < params.kv_heads; ++head) Kept::row(params, tensors, head)[Kept::kLast] = kNoCall;
 }
 
 }  // namespace edgerun::dhsa

@@ -59,6 +59,16 @@ int64_t list_capacity(const Params& params);
 List select_group(const Params& params, const Tensors& tensors, int64_t head, const Group& group, uint16_t* ids,
                   float* scratch);
 
+// What a call of one row keeps of its selection for the calls after it, and what it finds. `last` is the position that
+// the kept one must have served last; count 0: there is none. Lists are per KV head; any other call forgets them.
+bool keeps_lists(const Params& params);
+List kept_list(const Params& params, const Tensors& tensors, int64_t head, const Group& group, int64_t last,
+               uint16_t* ids);
+void keep_list(const Params& params, const Tensors& tensors, int64_t head, const Group& group, const List& list,
+               const uint16_t* ids);
+void serve_kept_list(const Params& params, const Tensors& tensors, int64_t head);
+void forget_lists(const Params& params, const Tensors& tensors);
+
 // Runs task(index, worker) for every index in [0, count), each on whichever worker is free.
 template <typename Task>
 void for_each_task(const Parallel& parallel, int64_t count, const Task& task) {
