@@ -44,37 +44,51 @@ class Effort:
 
 @dataclasses.dataclass
 class Candidate:
-    """One way to do a row's work. `facts` goes into the results as it is after the row was measured."""
+    """One way to do a row's work. `facts` goes into the results as it is after the row was measured.
+
+    cycle: where runs differ in turn, so many of them are one measurement, their mean.
+    """
 
     name: str
     run: Callable[[], object]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cycle: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Every measurement of one candidate: wall time of a monotonic clock, and CPU time of all threads."""
+    """Every run of one candidate: wall time of a monotonic clock, and CPU time of all threads."""
 
     name: str
     wall_ms: list[float]
     cpu_ms: list[float]
     facts: dict[str, Any]
+    cycle: int = 1
 
     def to_json(self, baseline: Samples) -> dict[str, Any]:
         """The samples with what is derived from them; a ratio above 1 means faster than the row's baseline."""
+        wall, cpu = _means(self.wall_ms, self.cycle), _means(self.cpu_ms, self.cycle)
+        baseline_wall, baseline_cpu = (_means(ms, baseline.cycle) for ms in (baseline.wall_ms, baseline.cpu_ms))
         return {
             "name": self.name,
             **self.facts,
-            "median_ms": statistics.median(self.wall_ms),
-            "minimum_ms": min(self.wall_ms),
-            "spread_ms": statistics.pstdev(self.wall_ms),
-            "cpu_median_ms": statistics.median(self.cpu_ms),
-            "speed_by_median": statistics.median(baseline.wall_ms) / statistics.median(self.wall_ms),
-            "speed_by_minimum": min(baseline.wall_ms) / min(self.wall_ms),
-            "speed_by_cpu_minimum": min(baseline.cpu_ms) / min(self.cpu_ms) if min(self.cpu_ms) > 0 else None,
+            **({"cycle": self.cycle} if self.cycle > 1 else {}),
+            "median_ms": statistics.median(wall),
+            "minimum_ms": min(wall),
+            "spread_ms": statistics.pstdev(wall),
+            "cpu_median_ms": statistics.median(cpu),
+            "speed_by_median": statistics.median(baseline_wall) / statistics.median(wall),
+            "speed_by_minimum": min(baseline_wall) / min(wall),
+            "speed_by_cpu_minimum": min(baseline_cpu) / min(cpu) if min(cpu) > 0 else None,
             "wall_ms": self.wall_ms,
             "cpu_ms": self.cpu_ms,
         }
+
+
+def _means(samples: Sequence[float], cycle: int) -> list[float]:
+    """The mean of every `cycle` samples in a row; of all of them where they are fewer."""
+    cycle = min(cycle, len(samples))
+    return [statistics.fmean(samples[i : i + cycle]) for i in range(0, len(samples) - cycle + 1, cycle)]
 
 
 def prove(name: str, error: float, limit: float) -> None:
@@ -98,7 +112,8 @@ def measure(candidates: Sequence[Candidate], effort: Effort) -> list[dict[str, A
             wall[index].append((stop - start) * 1e3)
             cpu[index].append((cpu_stop - cpu_start) * 1e3)
     samples = [
-        Samples(candidate.name, wall[index], cpu[index], candidate.facts) for index, candidate in enumerate(candidates)
+        Samples(candidate.name, wall[index], cpu[index], candidate.facts, candidate.cycle)
+        for index, candidate in enumerate(candidates)
     ]
     return [one.to_json(samples[0]) for one in samples]
 

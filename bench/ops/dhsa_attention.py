@@ -33,6 +33,7 @@ from bench.ops.dhsa_attention_cases import (
     Decode,
     Native,
     decode_pair,
+    keeping_selections,
     native_candidate,
     prove_dense,
     prove_same,
@@ -71,6 +72,7 @@ class Plan:
     decode_repeats: int = 51
     growth_lengths: tuple[int, int] = (16384, 32768)
     kv_dtypes: tuple[str, ...] = ("fp32",)
+    reselects: tuple[int, ...] = (4, 16)  # tokens of decode that one selection serves, besides 1
     threads: int = 2
     effort: Effort = dataclasses.field(default_factory=Effort)
 
@@ -86,7 +88,7 @@ class Plan:
 
 
 GRIDS = {
-    "full": Plan(),
+    "full": Plan(kv_dtypes=("fp32", "fp16", "int8")),
     # At most ten minutes on two cores.
     "reduced": Plan(
         lengths=(2048, 8192, 32768),
@@ -214,13 +216,18 @@ def decode(plan: Plan, key: dict[str, Any]) -> tuple[list[Candidate], dict[str, 
         dense, sparse = decode_pair(case, key["budget"], kv_dtype, plan.threads)
         for role, one in (("dense", dense), ("sparse", sparse)):
             candidates.append(decode_candidate(f"edgerun {role}, {kv_dtype} cache", one, role, kv_dtype))
+        for every in plan.reselects if kv_dtype == key["kv_dtype"] else ():
+            one = keeping_selections(sparse, every, plan.threads)
+            name = f"  a selection every {every} tokens"
+            candidates.append(decode_candidate(name, one, "keeping", kv_dtype))
     return candidates, {}
 
 
 def decode_candidate(name: str, one: Decode, role: str, kv_dtype: str) -> Candidate:
     """A proven candidate of a decode row."""
     facts = {"role": role, "kv_dtype": kv_dtype, "relative_l2": one.prove(name), "cache_bytes": one.cache_bytes}
-    return Candidate(name, one.run, facts)
+    facts |= {"reselect": one.options.reselect} if role == "keeping" else {}
+    return Candidate(name, one.run, facts, one.options.reselect)
 
 
 def decode_case(plan: Plan, cached: int, head_dim: int, group: int) -> AttentionCase:
@@ -269,7 +276,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument(
         "--kv-dtypes", nargs="+", help="cache dtypes of decode; what the op lacks is named and left out"
     )
-    for name in ("lengths", "head-dims", "groups", "budgets"):
+    for name in ("lengths", "head-dims", "groups", "budgets", "reselects"):
         parser.add_argument(f"--{name}", nargs="+", type=int)
     parser.add_argument("--growth-lengths", nargs=2, type=int)
     for name in ("query-heads", "decode-length", "decode-repeats", "threads"):

@@ -135,8 +135,9 @@ def prove_sparse(name: str, native: Native, answer: torch.Tensor) -> float:
 class Decode:
     """One new token after `cached` tokens: the op on a filled cache, called again and again for the same position.
 
-    Every call takes the next of a few queries, so that selection has new work. Where candidates share a cache, the
-    dense one, which reads all of it, sweeps it out of the last-level cache before each sparse call.
+    Where a selection serves several tokens, calls go through so many positions, then begin again. Every call takes the
+    next of a few queries, so that selection has new work. Where candidates share a cache, the dense one, which reads
+    all of it, sweeps it out of the last-level cache before each sparse call.
     """
 
     case: AttentionCase  # cached + 1 tokens
@@ -150,11 +151,15 @@ class Decode:
     @staticmethod
     def make(case: AttentionCase, options: AttentionOptions, state: AttentionState, threads: int) -> Decode:
         """Calls for the last position of the case, on a state that holds the tokens before it."""
-        cached = case.length - 1
+        cached, every = case.length - 1, options.reselect
         out = torch.empty(1, 1, case.query_heads, case.query.shape[3])
         key, value = (tensor[:, :, -1:].contiguous() for tensor in (case.key, case.value))
-        queries = [case.query[:, :, cached - i].unsqueeze(2).contiguous() for i in range(min(16, case.length))]
-        calls = [op.prepare_call(query, key, value, out, state, cached, options, threads) for query in queries]
+        count = -(-min(16, case.length) // every) * every  # whole turns
+        queries = [case.query[:, :, max(0, cached - i)].unsqueeze(2).contiguous() for i in range(count)]
+        calls = [
+            op.prepare_call(query, key, value, out, state, cached + i % every, options, threads)
+            for i, query in enumerate(queries)
+        ]
         return Decode(case, options, state, queries, out, calls, [0])
 
     @property
@@ -181,18 +186,19 @@ class Decode:
         Dense lists hold all tokens. What a narrow cache loses of its tokens is the op's tests' to bound.
         """
         query = self.queries[self.made[0] % len(self.queries)]
+        position = self.cached + self.made[0] % self.options.reselect
         answer = self.run()
-        lists = op.native_lists(query, self.state, self.cached, self.options)
+        lists = op.native_lists(query, self.state, position, self.options)
         errors = []
         keys = self.state.keys().transpose(2, 3).flatten(1, 2)  # [Hkv, 16 M, D]
         values = self.state.values().flatten(1, 2)
         for stored, given in ((keys, self.case.key), (values, self.case.value)):
-            latest = relative_l2(stored[:, self.cached].float().numpy(), given[0, :, -1].numpy())
+            latest = relative_l2(stored[:, position].float().numpy(), given[0, :, -1].numpy())
             prove(f"{name}: the token that it appends", latest, NARROW_CACHE)
         for head in range(self.case.query_heads):
             kv_head = head // (self.case.query_heads // self.case.kv_heads)
             tokens = (torch.tensor(lists[kv_head][0])[:, None] * MICRO_BLOCK + torch.arange(MICRO_BLOCK)).flatten()
-            tokens = tokens[tokens <= self.cached]
+            tokens = tokens[tokens <= position]
             key, value = (stored[kv_head, tokens].double() for stored in (keys, values))
             weights = (self.options.scale * query[0, head].double() @ key.T).softmax(-1)
             errors.append(relative_l2(answer[0, :, head].float().numpy(), (weights @ value).numpy()))
@@ -214,6 +220,16 @@ def decode_pair(case: AttentionCase, budget: int, kv_dtype: str, threads: int) -
     empty = AttentionState.allocate(case.kv_heads, case.head_dim, MICRO_BLOCK, dense, dtype)
     shared = dataclasses.replace(empty, key_cache=state.key_cache, value_cache=state.value_cache)
     return Decode.make(case, dense, shared, threads), Decode.make(case, sparse, state, threads)
+
+
+def keeping_selections(sparse: Decode, every: int, threads: int) -> Decode:
+    """`sparse` where one selection serves `every` tokens, over the same cache: its runs differ in turn."""
+    options = dataclasses.replace(sparse.options, reselect=every)
+    kept = torch.zeros(sparse.case.kv_heads, options.selection_integers, dtype=torch.int32)
+    one = Decode.make(sparse.case, options, dataclasses.replace(sparse.state, selection=kept), threads)
+    for _ in range(every):  # the tokens of one turn are in the cache from here on
+        one.prove(f"edgerun sparse, selecting every {every} tokens")
+    return one
 
 
 def native_candidate(name: str, native: Native, run: Callable[[], object] | None = None) -> Candidate:

@@ -177,4 +177,7 @@ def _decode_lines(row: Row) -> Iterator[str]:
             f"; {sparse['cache_bytes'] / full['cache_bytes']:.3f} of fp32's bytes, "
             f"{sparse['median_ms'] / full['median_ms']:.2f} of its time"
         )
+    kept = [one for one in row["candidates"] if one.get("role") == "keeping"]
+    for one in kept:
+        line += f"; x{dense['median_ms'] / one['median_ms']:.2f} selecting every {one['reselect']} tokens"
     yield line
