@@ -71,6 +71,7 @@ struct Layer {
   std::vector<float> query, key, value;  // [length, heads, D]
   std::vector<char> key_cache, value_cache, summaries, out;
   std::vector<uint8_t> boundaries;
+  std::vector<int32_t> selection;
   std::vector<std::vector<uint16_t>> lists;  // of the last call: [Hkv * groups]
 
   Layer(const Params& base, int64_t tokens, uint64_t seed = 1) : params(base), length(tokens) {
@@ -95,6 +96,7 @@ struct Layer {
     value_cache.assign(blocks * value_bytes(), '\x7f');
     summaries.assign(blocks * summary_bytes(2), '\x7f');
     boundaries.assign(static_cast<size_t>(params.capacity_blocks + 1), 1);
+    selection.assign(static_cast<size_t>(params.kv_heads * edgerun::dhsa::kept_integers(params.budget)), 0x7f7f7f7f);
     out.resize(static_cast<size_t>(length * params.query_heads * params.head_dim) * bytes());
   }
 
@@ -161,6 +163,7 @@ struct Layer {
     tensors.value_cache = value_cache.data();
     tensors.summaries = summaries.data();
     tensors.boundaries = boundaries.data();
+    tensors.selection = selection.data();
     const char* wrong = check(params, tensors);
     CHECK(wrong == nullptr, "%s", wrong);
     const size_t size = scratch_bytes(params, parallel.threads);
@@ -571,6 +574,37 @@ void test_subnormals() {
   }
 }
 
+// One selection for three tokens: each call attends what the first of the three chose, and all that came since.
+void test_kept_selections() {
+  for (const Dtypes& dtypes : kDtypes) {
+    Params params = with(sparse(16), dtypes);
+    params.pooling = Pooling::kMoments;
+    params.refine = 5;
+    params.reselect = 3;
+    params.budget += 2;
+    const int64_t before = 450, last = 460;
+    Layer layer(params, last);
+    layer.call(0, before, threads(3));
+    std::vector<std::vector<uint16_t>> first;
+    for (int64_t at = before; at < last; ++at) {
+      layer.call(at, 1, threads(3), true);
+      Counters counted;
+      const double error = layer.error(&counted);
+      const bool rounded = kernels().integer_products && params.cache_dtype == Dtype::kInt8;
+      const double limit = std::max(kFloatTolerance, rounded ? kInt8Tolerance : 0.0);
+      CHECK(error < (params.dtype == Dtype::kHalf ? kHalfTolerance : limit), "token %lld: error %g", (long long)at,
+            error);
+      if ((at - before) % 3 == 0) first = layer.lists;
+      for (size_t head = 0; head < first.size(); ++head) {
+        std::vector<uint16_t> expected = first[head];
+        for (int64_t b = expected.back() + 1; b <= at / 16; ++b) expected.push_back(uint16_t(b));
+        CHECK(layer.lists[head] == expected, "token %lld attends another list", (long long)at);
+        CHECK(int64_t(expected.size()) <= params.budget / 16 + 1, "%zu micro-blocks", expected.size());
+      }
+    }
+  }
+}
+
 // The kernels of selection against plain loops in double, at every size of their register tiles and beyond.
 void test_selection_kernels() {
   Random random(3);
@@ -791,6 +825,7 @@ int main(int count, char** arguments) {
     test_infinite_scores();
     test_large_scores_do_not_overflow();
     test_subnormals();
+    test_kept_selections();
     test_selection_kernels();
     test_kernels_that_read_channels();
     test_stale_flags_are_survived();
