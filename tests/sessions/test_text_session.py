@@ -220,10 +220,20 @@ def test_forward_beyond_what_is_cached(session: TextSession) -> None:
 
 
 def test_cancel_from_another_thread(session: TextSession) -> None:
-    started = threading.Event()
-    canceller = threading.Thread(target=lambda: (started.wait(), session.cancel()))
+    started, asked = threading.Event(), threading.Event()
+
+    def cancel() -> None:
+        started.wait(60)
+        session.cancel()
+        asked.set()
+
+    def on_token(_: int) -> None:  # however fast the model is, the run goes on only when it was cancelled
+        started.set()
+        asked.wait(60)
+
+    canceller = threading.Thread(target=cancel)
     canceller.start()
-    generation = session.generate([1, 2, 3], max_new_tokens=250, stop_ids=[], on_token=lambda _: started.set())
+    generation = session.generate([1, 2, 3], max_new_tokens=250, stop_ids=[], on_token=on_token)
     canceller.join()
     assert generation.finish == "cancelled"
     assert 1 <= len(generation.tokens) < 250

@@ -30,7 +30,7 @@
 // Summaries (kept when budget > 0 and selector == kChunk): summaries[g][b] for every *complete* micro-block, from the
 //   keys as the cache holds them: the mean of 16 keys in float (one vector), with kMinMax pooling the elementwise
 //   minimum then maximum, with kMoments the mean then the variance, 1/16 sum (k - mean)^2 (two vectors). Stored as
-//   floats if the cache is, else as halves of at most 65504. Those of incomplete micro-blocks are not defined.
+//   halves of at most 65504. Those of incomplete micro-blocks are not defined.
 //
 // Query groups: rows of one call that lie in one tile of the absolute grid [m T, m T + T). s = first row's position,
 //   E = last row's position + 1.
@@ -155,9 +155,9 @@ struct Tensors {
   const void* value = nullptr;
   void* out = nullptr;
   // kInt8: key_cache [Hkv, M] of { int8 [D, 16], half [ceil(D / 32), 16] }, value_cache of { int8 [16, D], half [16] }.
-  void* key_cache = nullptr;    // [Hkv, M, D, 16]: a micro-block is stored transposed
-  void* value_cache = nullptr;  // [Hkv, M, 16, D]
-  void* summaries = nullptr;    // [Hkv, M, P, D], P = summary_vectors(pooling); may be null when budget == 0 or kRecent
+  void* key_cache = nullptr;      // [Hkv, M, D, 16]: a micro-block is stored transposed
+  void* value_cache = nullptr;    // [Hkv, M, 16, D]
+  void* summaries = nullptr;      // half [Hkv, M, P, D], P = summary_vectors(pooling); null: budget == 0 or kRecent
   uint8_t* boundaries = nullptr;  // [M + 1]; may be null when budget == 0
   int32_t* selection = nullptr;   // [Hkv, kept_integers(budget)]; may be null when budget == 0 or reselect == 1
 };

@@ -45,9 +45,7 @@ const char* check_state(const Tensor& key_cache, const Tensor& value_cache, cons
     return "the caches must be float32, float16 or int8";
   }
   if (value_cache.scalar_type() != dtype) return "the caches must share one dtype";
-  if (summaries.scalar_type() != (dtype == ScalarType::Float ? ScalarType::Float : ScalarType::Half)) {
-    return "summaries must be float32 beside a float32 cache, else float16";
-  }
+  if (summaries.scalar_type() != ScalarType::Half) return "summaries must be float16";
   if (boundaries.scalar_type() != ScalarType::Byte) return "boundaries must be uint8";
   const int64_t heads = key_cache.size(0);
   const int64_t blocks = key_cache.size(1);
@@ -124,8 +122,7 @@ void advise_state(const Params& params, const Tensors& tensors) {
   advise_state_of(params, tensors.key_cache, key_block_bytes(params.cache_dtype, params.head_dim), blocks);
   advise_state_of(params, tensors.value_cache, value_block_bytes(params.cache_dtype, params.head_dim), blocks);
   if (tensors.summaries == nullptr) return;
-  const int64_t element_bytes = params.cache_dtype == Dtype::kFloat ? 4 : 2;
-  advise_state_of(params, tensors.summaries, summary_vectors(params.pooling) * params.head_dim * element_bytes, blocks);
+  advise_state_of(params, tensors.summaries, summary_vectors(params.pooling) * params.head_dim * 2, blocks);
 }
 
 // The op, with what a session said and wants to know (counters.h).

@@ -44,15 +44,14 @@ struct Kernels {
   int64_t lanes;          // floats in a vector
   bool integer_products;  // over 8-bit caches: queries and weights are rounded to 16 bits
   void (*attend)(const AttendTask& task);
-  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width]; with `bounds` the rows
-  // are [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
-  void (*score)(const float* queries, int64_t pooled, const float* rows, int64_t count, int64_t width, bool bounds,
+  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width] in halves; with `bounds`
+  // the rows are [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
+  void (*score)(const float* queries, int64_t pooled, const uint16_t* rows, int64_t count, int64_t width, bool bounds,
                 float* scores, int64_t stride);
   // masses[q] = log2 sum_r 2^scores[r * stride + q] over `count` rows, for every column.
   void (*mass)(const float* scores, int64_t stride, int64_t count, float* masses);
   // The largest over q < pooled of log2 sum_r 2^scores[r * stride + q] - masses[q]; a NaN is passed over.
   float (*largest_share)(const float* scores, int64_t stride, int64_t count, const float* masses, int64_t pooled);
-  void (*widen)(const uint16_t* halves, float* floats, int64_t count);
   // masses[q] = log2 of sum_i 2^(sum_c weights[q][c] key[channels[c]][i]) over the 16 tokens i of a micro-block [D,
   // 16].
   void (*channel_masses)(const float* weights, int64_t queries, const int32_t* channels, int64_t count,

@@ -441,8 +441,6 @@ void attend(const AttendTask& whole) {
   store_rows(task, scratch);
 }
 
-void widen(const uint16_t* halves, float* floats, int64_t count) { halves_to_floats(halves, floats, count); }
-
 template <int kQ>
 void some_channel_masses(const float* weights, const int32_t* channels, int64_t count, const void* key_block,
                          int64_t depth, Dtype cache_dtype, float* masses) {
@@ -494,7 +492,6 @@ const Kernels kKernels = {EDGERUN_TEXT(EDGERUN_VARIANT),
                           score,
                           mass,
                           largest_share,
-                          widen,
                           channel_masses,
                           gap_sums};
 

@@ -18,21 +18,42 @@ constexpr int kScoreRows = 4;
 constexpr int kScoreRows = 2;
 #endif
 
+// A vector of halves as floats.
+EDGERUN_INLINE Vector load_halves(const uint16_t* source) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#elif defined(__aarch64__)
+  typedef __fp16 Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(source), Vector);
+#else
+  float floats[kLanes];
+  halves_to_floats(source, floats, kLanes);
+  return load(floats);
+#endif
+}
+EDGERUN_INLINE Vector load_first_halves(const uint16_t* source, int64_t count) {
+  uint16_t halves[kLanes] = {};
+  __builtin_memcpy(halves, source, static_cast<size_t>(count) * sizeof(uint16_t));
+  return load_halves(halves);
+}
+
 // scores[r][q] = query q . row r for kQ queries [kQ, width] and kR rows; with kBounds sum_d max(q_d low_d, q_d high_d),
 // where a row is [low, high]. A score is summed in an order that does not depend on kQ and kR.
 template <bool kBounds, int kQ, int kR>
-void score_tile(const float* queries, const float* rows, int64_t width, float* scores, int64_t stride) {
-  const int64_t row_floats = kBounds ? 2 * width : width;
+void score_tile(const float* queries, const uint16_t* rows, int64_t width, float* scores, int64_t stride) {
+  const int64_t row_elements = kBounds ? 2 * width : width;
   constexpr int kSums = kQ * kR;
   Vector sums[kSums] = {};
-  const auto add = [&](int64_t d, auto load_lanes) __attribute__((always_inline)) {
+  const auto add = [&](int64_t d, auto load_lanes, auto load_row) __attribute__((always_inline)) {
     Vector query[kQ];
 #pragma GCC unroll 4
     for (int q = 0; q < kQ; ++q) query[q] = load_lanes(queries + q * width + d);
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
-      const Vector low = load_lanes(rows + r * row_floats + d);
-      const Vector high = kBounds ? load_lanes(rows + r * row_floats + width + d) : low;
+      const Vector low = load_row(rows + r * row_elements + d);
+      const Vector high = kBounds ? load_row(rows + r * row_elements + width + d) : low;
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) {
         sums[r * kQ + q] += kBounds ? larger(query[q] * low, query[q] * high) : query[q] * low;
@@ -40,8 +61,12 @@ void score_tile(const float* queries, const float* rows, int64_t width, float* s
     }
   };
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) add(d, load);
-  if (d < width) add(d, [&](const float* source) { return load_first(source, width - d); });
+  for (; d + kLanes <= width; d += kLanes) add(d, load, load_halves);
+  if (d < width) {
+    add(
+        d, [&](const float* source) { return load_first(source, width - d); },
+        [&](const uint16_t* source) { return load_first_halves(source, width - d); });
+  }
   constexpr int kFolded = kSums < kLanes ? kSums : kLanes;
   float totals[kSums + kLanes];
 #pragma GCC unroll 4
@@ -50,7 +75,7 @@ void score_tile(const float* queries, const float* rows, int64_t width, float* s
 }
 
 template <bool kBounds, int kR>
-EDGERUN_INLINE void score_some_rows(const float* queries, int64_t pooled, const float* rows, int64_t width,
+EDGERUN_INLINE void score_some_rows(const float* queries, int64_t pooled, const uint16_t* rows, int64_t width,
                                     float* scores, int64_t stride) {
   int64_t q = 0;
   for (; q + kScoreQueries <= pooled; q += kScoreQueries) {
@@ -60,19 +85,19 @@ EDGERUN_INLINE void score_some_rows(const float* queries, int64_t pooled, const 
 }
 
 template <bool kBounds>
-void score_rows_of(const float* queries, int64_t pooled, const float* rows, int64_t count, int64_t width, float* scores,
-                   int64_t stride) {
-  const int64_t row_floats = kBounds ? 2 * width : width;
+void score_rows_of(const float* queries, int64_t pooled, const uint16_t* rows, int64_t count, int64_t width,
+                   float* scores, int64_t stride) {
+  const int64_t row_elements = kBounds ? 2 * width : width;
   int64_t r = 0;
   for (; r + kScoreRows <= count; r += kScoreRows) {
-    score_some_rows<kBounds, kScoreRows>(queries, pooled, rows + r * row_floats, width, scores + r * stride, stride);
+    score_some_rows<kBounds, kScoreRows>(queries, pooled, rows + r * row_elements, width, scores + r * stride, stride);
   }
   for (; r < count; ++r) {
-    score_some_rows<kBounds, 1>(queries, pooled, rows + r * row_floats, width, scores + r * stride, stride);
+    score_some_rows<kBounds, 1>(queries, pooled, rows + r * row_elements, width, scores + r * stride, stride);
   }
 }
 
-void score(const float* queries, int64_t pooled, const float* rows, int64_t count, int64_t width, bool bounds,
+void score(const float* queries, int64_t pooled, const uint16_t* rows, int64_t count, int64_t width, bool bounds,
            float* scores, int64_t stride) {
   (bounds ? score_rows_of<true> : score_rows_of<false>)(queries, pooled, rows, count, width, scores, stride);
 }

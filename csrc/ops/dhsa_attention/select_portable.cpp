@@ -104,11 +104,13 @@ int64_t pool_queries(const Params& params, const Tensors& tensors, int64_t head,
 class Scorer {
  public:
   Scorer(const Params& params, const Tensors& tensors, int64_t head, const float* queries, int64_t pooled, float* rows)
-      : params_(params), queries_(queries), pooled_(pooled), stride_(score_stride(pooled)), rows_(rows) {
-    row_floats_ = summary_vectors(params.pooling) * params.head_dim;
-    element_bytes_ = params.cache_dtype == Dtype::kFloat ? 4 : 2;
-    summaries_ = static_cast<const char*>(tensors.summaries) + row_offset(head * params.capacity_blocks);
-  }
+      : params_(params),
+        queries_(queries),
+        pooled_(pooled),
+        stride_(score_stride(pooled)),
+        row_elements_(summary_vectors(params.pooling) * params.head_dim),
+        rows_(reinterpret_cast<uint16_t*>(rows)),
+        summaries_(static_cast<const uint16_t*>(tensors.summaries) + head * params.capacity_blocks * row_elements_) {}
 
   int64_t pooled() const { return pooled_; }
   int64_t stride() const { return stride_; }
@@ -121,18 +123,17 @@ class Scorer {
     // after the next comes with it: finding where a page lies takes as long as reading some of it.
     constexpr int64_t kAhead = 2 * kSmallPage;
     const bool cold = params_.tokens == 1;
-    const bool floats = params_.cache_dtype == Dtype::kFloat;
-    const int64_t page = std::clamp(kSmallPage / row_offset(1), kRowsAtOnce / 4, kRowsAtOnce);
-    const int64_t most = cold ? page : floats ? count : kRowsAtOnce;
+    const int64_t page = std::clamp(kSmallPage / row_bytes(1), kRowsAtOnce / 4, kRowsAtOnce);
+    const int64_t most = cold ? page : count;
     for (int64_t first = 0; first < count; first += most) {
       const int64_t rows = std::min(most, count - first);
-      const char* source = summaries_ + row_offset(first);
+      const uint16_t* source = summaries_ + first * row_elements_;
       if (cold) {
-        prefetch(source + kAhead, std::min(row_offset(rows), row_offset(count - first) - kAhead), kSmallPage);
-        prefetch(source, row_offset(rows));
+        const char* bytes = reinterpret_cast<const char*>(source);
+        prefetch(bytes + kAhead, std::min(row_bytes(rows), row_bytes(count - first) - kAhead), kSmallPage);
+        prefetch(bytes, row_bytes(rows));
       }
-      if (!floats) widen(first, rows, rows_);
-      score(floats ? reinterpret_cast<const float*>(source) : rows_, rows, scores + first * stride_);
+      score(source, rows, scores + first * stride_);
     }
   }
 
@@ -141,35 +142,28 @@ class Scorer {
     clear(count, scores);
     for (int64_t first = 0; first < count; first += kRowsAtOnce) {
       const int64_t rows = std::min(kRowsAtOnce, count - first);
-      for (int64_t i = 0; i < rows; ++i) prefetch(summaries_ + row_offset(ids[first + i]), row_offset(1));
-      for (int64_t i = 0; i < rows; ++i) widen(ids[first + i], 1, rows_ + i * row_floats_);
+      for (int64_t i = 0; i < rows; ++i) prefetch(summaries_ + ids[first + i] * row_elements_, row_bytes(1));
+      for (int64_t i = 0; i < rows; ++i) {
+        std::copy_n(summaries_ + ids[first + i] * row_elements_, row_elements_, rows_ + i * row_elements_);
+      }
       score(rows_, rows, scores + first * stride_);
     }
   }
 
   static int64_t scratch_floats(const Params& params) {
-    return kRowsAtOnce * summary_vectors(params.pooling) * params.head_dim;
+    return kRowsAtOnce * summary_vectors(params.pooling) * params.head_dim / 2;
   }
 
  private:
   static constexpr int64_t kRowsAtOnce = 16;
 
-  int64_t row_offset(int64_t row) const { return row * row_floats_ * element_bytes_; }
+  int64_t row_bytes(int64_t rows) const { return rows * row_elements_ * static_cast<int64_t>(sizeof(uint16_t)); }
 
   void clear(int64_t count, float* scores) const {
     if (pooled_ != stride_) std::fill_n(scores, count * stride_, 0.0f);
   }
 
-  void widen(int64_t first, int64_t rows, float* target) const {
-    const char* source = summaries_ + row_offset(first);
-    if (params_.cache_dtype == Dtype::kFloat) {
-      std::copy_n(reinterpret_cast<const float*>(source), rows * row_floats_, target);
-    } else {
-      kernels().widen(reinterpret_cast<const uint16_t*>(source), target, rows * row_floats_);
-    }
-  }
-
-  void score(const float* rows, int64_t count, float* scores) const {
+  void score(const uint16_t* rows, int64_t count, float* scores) const {
     kernels().score(queries_, pooled_, rows, count, pooled_width(params_), params_.pooling == Pooling::kMinMax, scores,
                     stride_);
   }
@@ -178,10 +172,9 @@ class Scorer {
   const float* queries_;
   int64_t pooled_;
   int64_t stride_;
-  int64_t row_floats_;
-  int64_t element_bytes_;
-  float* rows_;
-  const char* summaries_;
+  int64_t row_elements_;
+  uint16_t* rows_;
+  const uint16_t* summaries_;
 };
 
 // Candidates, ascending: runs of micro-blocks that share a score. Scores are kept as integers of the same order.

@@ -171,10 +171,9 @@ double best_gap_score(const Params& params, const Tensors& tensors, int64_t edge
   return best;
 }
 
-void store_summary(float value, float* target) { *target = value; }
-// Halves end at 65504, which an 8-bit cache's keys may exceed: a summary stays finite. NaN stays NaN.
-void store_summary(float value, uint16_t* target) {
-  *target = float_to_half(value > kLargestHalf ? kLargestHalf : value < -kLargestHalf ? -kLargestHalf : value);
+// Halves end at 65504, which keys of another cache may exceed: a summary stays finite. NaN stays NaN.
+uint16_t summary_half(float value) {
+  return float_to_half(value > kLargestHalf ? kLargestHalf : value < -kLargestHalf ? -kLargestHalf : value);
 }
 
 // What a micro-block's summary says of kSide channels, from their keys [16, kSide]: its one or two vectors.
@@ -201,36 +200,6 @@ void summarize_channels(Pooling pooling, const float* keys, float* first, float*
   store(second, two);
 }
 
-template <typename Element>
-void summarize_blocks_of(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks) {
-  const int64_t depth = params.head_dim;
-  const int64_t vectors = summary_vectors(params.pooling);
-  const int64_t end = std::min(blocks.end, (params.input_pos + params.tokens) / kMicroBlock);
-  for (int64_t block = blocks.first; block < end; ++block) {
-    const int64_t index = head * params.capacity_blocks + block;
-    Element* summary = static_cast<Element*>(tensors.summaries) + index * vectors * depth;
-    for (int64_t d = 0; d < depth; d += kSide) {
-      const int64_t channels = std::min(kSide, depth - d);
-      float narrow[kSide * kMicroBlock] = {};
-      const float* rows = narrow;  // [kSide, 16]
-      if (std::is_same_v<Element, float> && channels == kSide) {
-        rows = static_cast<const float*>(tensors.key_cache) + (index * depth + d) * kMicroBlock;
-      } else {
-        for (int64_t c = 0; c < channels; ++c) read_channel(params, tensors, index, d + c, narrow + c * kMicroBlock);
-      }
-      float keys[kMicroBlock * kSide];
-      transpose(rows, kMicroBlock, keys, kSide, kMicroBlock);
-      float first[kSide];
-      float second[kSide];
-      summarize_channels(params.pooling, keys, first, second);
-      for (int64_t c = 0; c < channels; ++c) {
-        store_summary(first[c], summary + d + c);
-        if (vectors == 2) store_summary(second[c], summary + depth + d + c);
-      }
-    }
-  }
-}
-
 }  // namespace
 
 bool keeps_summaries(const Params& params, const Tensors& tensors) {
@@ -246,8 +215,32 @@ void append_blocks(const Params& params, const Tensors& tensors, int64_t head, B
 }
 
 void summarize_blocks(const Params& params, const Tensors& tensors, int64_t head, BlockRange blocks) {
-  (params.cache_dtype == Dtype::kFloat ? summarize_blocks_of<float> : summarize_blocks_of<uint16_t>)(params, tensors,
-                                                                                                     head, blocks);
+  const int64_t depth = params.head_dim;
+  const int64_t vectors = summary_vectors(params.pooling);
+  const int64_t end = std::min(blocks.end, (params.input_pos + params.tokens) / kMicroBlock);
+  for (int64_t block = blocks.first; block < end; ++block) {
+    const int64_t index = head * params.capacity_blocks + block;
+    uint16_t* summary = static_cast<uint16_t*>(tensors.summaries) + index * vectors * depth;
+    for (int64_t d = 0; d < depth; d += kSide) {
+      const int64_t channels = std::min(kSide, depth - d);
+      float narrow[kSide * kMicroBlock] = {};
+      const float* rows = narrow;  // [kSide, 16]
+      if (params.cache_dtype == Dtype::kFloat && channels == kSide) {
+        rows = static_cast<const float*>(tensors.key_cache) + (index * depth + d) * kMicroBlock;
+      } else {
+        for (int64_t c = 0; c < channels; ++c) read_channel(params, tensors, index, d + c, narrow + c * kMicroBlock);
+      }
+      float keys[kMicroBlock * kSide];
+      transpose(rows, kMicroBlock, keys, kSide, kMicroBlock);
+      float first[kSide];
+      float second[kSide];
+      summarize_channels(params.pooling, keys, first, second);
+      for (int64_t c = 0; c < channels; ++c) {
+        summary[d + c] = summary_half(first[c]);
+        if (vectors == 2) summary[depth + d + c] = summary_half(second[c]);
+      }
+    }
+  }
 }
 
 BlockRange decided_edges(const Params& params) {
