@@ -1,10 +1,14 @@
 // The embedding kernels for Python: tensors arrive as addresses and sizes, checked by edgerun/ops/embedding_*.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "csrc/bindings/python_threads.h"
 #include "csrc/ops/embedding_logits/embedding_logits.h"
+#include "csrc/ops/embedding_logits/kernels.h"
 #include "csrc/ops/embedding_lookup/embedding_lookup.h"
 
 namespace py = pybind11;
@@ -17,6 +21,18 @@ using edgerun::embedding::TableType;
 Table table_at(uintptr_t data, uintptr_t scales, int type, int64_t vocab, int64_t hidden) {
   return Table{reinterpret_cast<const void*>(data), reinterpret_cast<const float*>(scales),
                static_cast<TableType>(type), vocab, hidden};
+}
+
+std::vector<std::string> embedding_logits_variants() {
+  std::vector<std::string> names;
+  for (int64_t i = 0; i < edgerun::embedding::kernel_count(); ++i) {
+    names.emplace_back(edgerun::embedding::kernel_at(i).name);
+  }
+  return names;
+}
+
+void embedding_logits_use_variant(const std::string& name) {
+  if (!edgerun::embedding::use_kernels(name.c_str())) throw py::value_error("no variant '" + name + "' on this CPU");
 }
 
 }  // namespace
@@ -41,4 +57,8 @@ void register_embedding(py::module_& module) {
                                    count, reinterpret_cast<float*>(out), edgerun::python_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>(), "Writes hidden . table^T, table rows shared out over `threads`.");
+  module.def("embedding_logits_variants", embedding_logits_variants,
+             "Kernel variants that this CPU runs, the fastest first.");
+  module.def("embedding_logits_use_variant", embedding_logits_use_variant,
+             "Makes every later call use one variant: for tests and benchmarks.");
 }

@@ -1,6 +1,8 @@
-"""embedding_logits against float64 products: every table dtype, odd sizes, threads, and what it refuses."""
+"""embedding_logits against float64 products: every table dtype and variant, odd sizes, threads, and what it refuses."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +11,18 @@ from edgerun import compare
 from edgerun.errors import EdgerunError
 from edgerun.ops import embedding_logits
 from edgerun.ops.embedding_table import dequantized
+from edgerun.ops.native import native_module
 from tests.ops.embedding_tables import TABLE_DTYPES, random_table
+
+VARIANTS = native_module().embedding_logits_variants()
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each kernel variant of this CPU in turn."""
+    native_module().embedding_logits_use_variant(request.param)
+    yield request.param
+    native_module().embedding_logits_use_variant(VARIANTS[0])
 
 
 def random_hidden(rows: int, hidden: int) -> torch.Tensor:
@@ -17,9 +30,9 @@ def random_hidden(rows: int, hidden: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
-@pytest.mark.parametrize("hidden", [1, 15, 16, 17, 200])
+@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 200])
 @pytest.mark.parametrize("vocab", [1, 2, 255, 257])
-def test_logits_equal_the_float64_product(dtype: torch.dtype, hidden: int, vocab: int) -> None:
+def test_logits_equal_the_float64_product(variant: str, dtype: torch.dtype, hidden: int, vocab: int) -> None:
     table, scales = random_table(dtype, vocab, hidden, seed=hidden)
     rows = random_hidden(2, hidden)
     out = embedding_logits.logits(rows, table, scales)
@@ -31,7 +44,7 @@ def test_logits_equal_the_float64_product(dtype: torch.dtype, hidden: int, vocab
 
 
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
-def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+def test_threads_do_not_change_a_bit(variant: str, dtype: torch.dtype) -> None:
     table, scales = random_table(dtype, vocab=1000, hidden=48, seed=2)
     rows = random_hidden(1, 48)
     before = torch.get_num_threads()
@@ -44,12 +57,33 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours(variant: str) -> None:
     table, scales = random_table(torch.int8, vocab=301, hidden=40, seed=4)
     rows = random_hidden(3, 40)
     together = embedding_logits.logits(rows, table, scales)
     assert torch.equal(together[1:2], embedding_logits.logits(rows[1:2], table, scales))
     assert torch.equal(together[:, 1:], embedding_logits.logits(rows, table[1:], scales[1:]))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_every_value_of_a_narrow_table_is_exact(variant: str, dtype: torch.dtype) -> None:
+    if dtype == torch.int8:
+        table, scales = torch.arange(-128, 128).to(torch.int8), torch.ones(1)
+    else:  # of float16 every finite value, subnormals among them
+        table, scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).to(dtype), None
+        table = table[table.isfinite()]
+    one_hot = torch.zeros(1, 64)
+    for at in (0, 17, 40, 63):  # a vector of either half, and the next step's
+        one_hot.zero_()[0, at] = 1.0
+        spread = torch.zeros(table.numel(), 64, dtype=dtype)
+        spread[:, at] = table
+        logits = embedding_logits.logits(one_hot, spread, None if scales is None else scales.expand(table.numel()))
+        assert torch.equal(logits[0], table.float())
+
+
+def test_a_variant_that_this_cpu_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no variant 'other' on this CPU"):
+        native_module().embedding_logits_use_variant("other")
 
 
 def test_leading_dimensions_are_kept() -> None:
