@@ -27,7 +27,7 @@ class DhsaOptions:
     boundary_threshold: float = 0.25
     pooling: Literal["mean", "sqrt", "centred", "minmax", "moments"] = "moments"
     query_pooling: Literal["mean", "max"] = "max"
-    refine: int = 24  # channels of the keys that a single query (decode) reads to rank the best again; 0: never
+    refine: int = 12  # channels of the keys that a single query (decode) reads to rank the best again; 0: never
     selector: Literal["chunk", "block-topk", "window-sink"] = "chunk"  # block-topk: fixed chunking, mean pooling
     reselect: int = 1  # tokens of decode that one selection serves
 

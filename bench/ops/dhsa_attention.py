@@ -88,7 +88,7 @@ class Plan:
 
 
 GRIDS = {
-    "full": Plan(kv_dtypes=("fp32", "fp16", "int8")),
+    "full": Plan(kv_dtypes=("fp32", "fp16", "int8"), effort=Effort(repeats=7, row_seconds=60.0, least=2)),
     # At most ten minutes on two cores.
     "reduced": Plan(
         lengths=(2048, 8192, 32768),

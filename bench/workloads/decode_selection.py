@@ -1,6 +1,7 @@
-"""What decode loses when one selection serves several tokens (`--reselect`), on a byte-level text model.
+"""What decode loses with cheaper selections, on a byte-level text model: one for several tokens (`--reselect`), and
+fewer channels in the second ranking (`--refine`).
 
-    python bench/workloads/decode_selection.py [--checkpoint zoo:text] [--budgets 529 2048] [--every 1 4 16]
+    python bench/workloads/decode_selection.py [--checkpoint zoo:text] [--budgets 529 2048]
 
 Every prompt is read once, sparsely; then each setting continues from the same cache, one token at a time. `answers`:
 RULER tasks, greedy, string match, with the paired difference from selecting for every token. `forced`: held-out text
@@ -47,16 +48,35 @@ class Plan:
     checkpoint: str
     length: int  # tokens of prompt and answer, or of prompt and forced text
     budgets: tuple[int, ...]
-    every: tuple[int, ...]
+    every: tuple[int, ...]  # tokens that one selection serves
+    refine: tuple[int, ...]  # channels; the first of both is compared with
     tasks: tuple[str, ...]
     samples: int  # of a task
     texts: int
     forced: int  # tokens behind each text
     threads: int
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The first of both, then each of the others alone."""
+        every, refine = self.every[0], self.refine[0]
+        others = [Setting(one, refine) for one in self.every[1:]] + [Setting(every, one) for one in self.refine[1:]]
+        return (Setting(every, refine), *others)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How decode selects."""
+
+    every: int
+    refine: int
+
+    def __str__(self) -> str:
+        return f"every {self.every:>2} tokens, {self.refine:>2} channels"
+
 
 class Model:
-    """An eager model whose decode can go on from one prompt again and again, selecting every so many tokens."""
+    """An eager model whose decode can go on from one prompt again and again, selecting as it is told."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, budget: int) -> None:
         dhsa = DhsaOptions(budget=budget or DhsaOptions().budget, reselect=max(plan.every))
@@ -67,11 +87,11 @@ class Model:
     def _caches(self) -> list[AttentionCache]:
         return [module for module in self.model.modules() if isinstance(module, AttentionCache)]
 
-    def select_every(self, tokens: int) -> None:
-        """From here on one selection serves so many tokens; layers without a budget have none to make."""
+    def select(self, setting: Setting) -> None:
+        """From here on decode selects so; layers without a budget have nothing to select."""
         for module, options in zip(self._caches(), self._options, strict=True):
             if options.budget > 0:
-                module.options = dataclasses.replace(options, reselect=tokens)
+                module.options = dataclasses.replace(options, reselect=setting.every, refine=setting.refine)
 
     def read(self, prompt: Sequence[int]) -> np.ndarray:
         """Logits after a prompt."""
@@ -113,7 +133,9 @@ def run(plan: Plan, results: ResultFile) -> None:
             print(*row_lines(results.find(key)), sep="\n", flush=True)
         key = {"kind": "forced", "budget": budget, "length": plan.length}
         if results.find(key) is None:
-            dense = dense or [found[0] for found in follow(Model(checkpoint, plan, 0), texts, (1,), plan.forced)]
+            dense = dense or [
+                found[0] for found in follow(Model(checkpoint, plan, 0), texts, plan.settings[:1], plan.forced)
+            ]
             results.add({**key, "candidates": forced(model, plan, texts, dense)})
         print(*row_lines(results.find(key)), sep="\n", flush=True)
 
@@ -127,15 +149,15 @@ def held_out_texts(plan: Plan) -> Iterator[list[int]]:
 
 
 def follow(
-    model: Model, texts: Sequence[Sequence[int]], every: Sequence[int], forced: int
+    model: Model, texts: Sequence[Sequence[int]], settings: Sequence[Setting], forced: int
 ) -> Iterator[list[np.ndarray]]:
     """For each text the logits of its last `forced` tokens at each setting."""
     for text in tqdm(texts, desc="texts", disable=None):
         prompt, rest = text[: len(text) - forced], text[len(text) - forced :]
         first = model.read(prompt)
         found = []
-        for tokens in every:
-            model.select_every(tokens)
+        for setting in settings:
+            model.select(setting)
             found.append(model.follow(len(prompt), first, rest))
         yield found
 
@@ -143,27 +165,27 @@ def follow(
 def forced(
     model: Model, plan: Plan, texts: Sequence[Sequence[int]], dense: Sequence[np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Fidelity to dense attention at each setting, and the paired difference of KL, in nats, from every token."""
-    rows: list[list[fidelity.Fidelity]] = [[] for _ in plan.every]
-    for truth, found in zip(dense, follow(model, texts, plan.every, plan.forced), strict=True):
+    """Fidelity to dense attention at each setting, and the paired difference of KL, in nats, from the first."""
+    rows: list[list[fidelity.Fidelity]] = [[] for _ in plan.settings]
+    for truth, found in zip(dense, follow(model, texts, plan.settings, plan.forced), strict=True):
         for one, logits in zip(rows, found, strict=True):
             one.append(fidelity.measure(logits[1:], truth[1:]))
-    kls = [[one.mean_kl_nats for one in setting] for setting in rows]
+    kls = [[one.mean_kl_nats for one in row] for row in rows]
     return [
         {
-            "every": tokens,
+            **dataclasses.asdict(setting),
             "mean_kl_nats": float(np.mean(kl)),
-            "top1": float(np.mean([one.top1 for one in setting])),
+            "top1": float(np.mean([one.top1 for one in row])),
             "difference": dataclasses.asdict(paired_difference(kl, kls[0])),
             "kl_nats": kl,
         }
-        for tokens, setting, kl in zip(plan.every, rows, kls, strict=True)
+        for setting, row, kl in zip(plan.settings, rows, kls, strict=True)
     ]
 
 
 def answers(model: Model, plan: Plan, task: str, tokenizer: Tokenizer, ends: frozenset[int]) -> list[dict[str, Any]]:
-    """Scores of a task at each setting, and the paired difference from selecting for every token."""
-    scores: list[list[float]] = [[] for _ in plan.every]
+    """Scores of a task at each setting, and the paired difference from the first."""
+    scores: list[list[float]] = [[] for _ in plan.settings]
     tokens_of_answers = 0
 
     def count(text: str) -> int:
@@ -173,20 +195,20 @@ def answers(model: Model, plan: Plan, task: str, tokenizer: Tokenizer, ends: fro
         sample = ruler.generate(task, plan.length, SEED, index, count_tokens=count)
         prompt = tokenizer.encode(sample.prompt).ids
         first = model.read(prompt)
-        for one, tokens in zip(scores, plan.every, strict=True):
-            model.select_every(tokens)
+        for one, setting in zip(scores, plan.settings, strict=True):
+            model.select(setting)
             found = model.answer(len(prompt), first, sample.max_new_tokens, ends)
             one.append(ruler.score(sample, tokenizer.decode(found)))
             tokens_of_answers += len(found)
     return [
         {
-            "every": tokens,
+            **dataclasses.asdict(setting),
             "mean_score": float(np.mean(one)),
             "difference": dataclasses.asdict(paired_difference(one, scores[0])),
-            "mean_answer_tokens": tokens_of_answers / plan.samples / len(plan.every),
+            "mean_answer_tokens": tokens_of_answers / plan.samples / len(plan.settings),
             "scores": one,
         }
-        for tokens, one in zip(plan.every, scores, strict=True)
+        for setting, one in zip(plan.settings, scores, strict=True)
     ]
 
 
@@ -196,15 +218,15 @@ def row_lines(row: Row | None) -> Iterator[str]:
     what = row["task"] if row["kind"] == "answers" else "held-out text"
     yield f"\n{what}, {row['length']} tokens, budget {row['budget']}"
     for one in row["candidates"]:
-        difference = one["difference"]
+        difference, setting = one["difference"], Setting(one["every"], one["refine"])
         if row["kind"] == "answers":
             figures = f"score {100 * one['mean_score']:5.1f}, difference"
             low, middle, high = (100 * difference[name] for name in ("low", "estimate", "high"))
-            yield f"  every {one['every']:>2} tokens: {figures} {middle:+.1f} points [{low:+.1f}, {high:+.1f}]"
+            yield f"  {setting}: {figures} {middle:+.1f} points [{low:+.1f}, {high:+.1f}]"
         else:
             low, middle, high = (difference[name] for name in ("low", "estimate", "high"))
             figures = f"KL {one['mean_kl_nats']:.4f} nats, top-1 {100 * one['top1']:.1f} %, difference"
-            yield f"  every {one['every']:>2} tokens: {figures} {middle:+.4f} nats [{low:+.4f}, {high:+.4f}]"
+            yield f"  {setting}: {figures} {middle:+.4f} nats [{low:+.4f}, {high:+.4f}]"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -213,6 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=8192, help="default: %(default)s")
     parser.add_argument("--budgets", type=int, nargs="+", default=[529, 2048], help="default: %(default)s")
     parser.add_argument("--every", type=int, nargs="+", default=[1, 4, 16], help="the first is compared with")
+    channels = [DhsaOptions().refine, 24, 16, 8, 0]
+    parser.add_argument("--refine", type=int, nargs="+", default=channels, help="the first is compared with")
     parser.add_argument("--tasks", nargs="*", default=["niah_single_1", "niah_multikey_2"], help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=50, help="of a task; default: %(default)s")
     parser.add_argument("--texts", type=int, default=12, help="default: %(default)s")
