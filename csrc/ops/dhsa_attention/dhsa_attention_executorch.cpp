@@ -108,6 +108,19 @@ Tensors pointers(const Tensor& query, const Tensor& key, const Tensor& value, co
   return tensors;
 }
 
+Params sizes_of(const Tensor& query, const Tensor& key_cache, const Tensor& input_pos) {
+  Params params;
+  params.tokens = query.size(2);
+  params.query_heads = query.size(1);
+  params.kv_heads = key_cache.size(0);
+  params.head_dim = query.size(3);
+  params.capacity_blocks = key_cache.size(1);
+  params.input_pos = input_pos.const_data_ptr<int64_t>()[0];
+  params.dtype = dtype_of(query);
+  params.cache_dtype = dtype_of(key_cache);
+  return params;
+}
+
 // Of [Hkv, M, ...], what the expected tokens fill of every head; all of it is one run where they fill the cache.
 void advise_state_of(const Params& params, void* state, int64_t block_bytes, int64_t blocks) {
   const int64_t head_bytes = params.capacity_blocks * block_bytes;
@@ -147,15 +160,7 @@ Tensor& dhsa_attention_out(KernelRuntimeContext& context, const Tensor& query, c
                                     input_pos, out, static_cast<Pooling>(pooling));
   ET_KERNEL_CHECK_MSG(context, wrong == nullptr, InvalidArgument, out, "dhsa_attention: %s", wrong);
 
-  Params params;
-  params.tokens = query.size(2);
-  params.query_heads = query.size(1);
-  params.kv_heads = key_cache.size(0);
-  params.head_dim = query.size(3);
-  params.capacity_blocks = key_cache.size(1);
-  params.input_pos = input_pos.const_data_ptr<int64_t>()[0];
-  params.dtype = dtype_of(query);
-  params.cache_dtype = dtype_of(key_cache);
+  Params params = sizes_of(query, key_cache, input_pos);
   params.scale = static_cast<float>(scale);
   params.softcap = static_cast<float>(softcap);
   params.window = window;
