@@ -46,13 +46,15 @@ class Effort:
 class Candidate:
     """One way to do a row's work. `facts` goes into the results as it is after the row was measured.
 
-    cycle: where runs differ in turn, so many of them are one measurement, their mean.
+    cycle: where runs differ in turn, so many of them are one measurement, their mean; a row has that many at least.
+    before: run before each run, not timed.
     """
 
     name: str
     run: Callable[[], object]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     cycle: int = 1
+    before: Callable[[], object] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,7 @@ class Samples:
 
 
 def _means(samples: Sequence[float], cycle: int) -> list[float]:
-    """The mean of every `cycle` samples in a row; of all of them where they are fewer."""
-    cycle = min(cycle, len(samples))
+    """The mean of every `cycle` samples in a row."""
     return [statistics.fmean(samples[i : i + cycle]) for i in range(0, len(samples) - cycle + 1, cycle)]
 
 
@@ -102,10 +103,13 @@ def measure(candidates: Sequence[Candidate], effort: Effort) -> list[dict[str, A
     wall: list[list[float]] = [[] for _ in candidates]
     cpu: list[list[float]] = [[] for _ in candidates]
     begin = time.monotonic()
-    for done in range(effort.repeats):
-        if done >= effort.least and time.monotonic() - begin > effort.row_seconds:
+    least = max([effort.least, *(candidate.cycle for candidate in candidates)])
+    for done in range(max(effort.repeats, least)):
+        if done >= least and time.monotonic() - begin > effort.row_seconds:
             break
         for index, candidate in enumerate(candidates):
+            if candidate.before is not None:
+                candidate.before()
             cpu_start, start = time.process_time(), time.perf_counter()
             candidate.run()
             stop, cpu_stop = time.perf_counter(), time.process_time()

@@ -213,13 +213,13 @@ def decode(plan: Plan, key: dict[str, Any]) -> tuple[list[Candidate], dict[str, 
     kinds = ("fp32",) if key["kv_dtype"] == "fp32" else ("fp32", key["kv_dtype"])
     candidates: list[Candidate] = []
     for kv_dtype in kinds:
-        dense, sparse = decode_pair(case, key["budget"], kv_dtype, plan.threads)
+        dense, sparse = decode_pair(case, key["budget"], kv_dtype, plan.threads, max(plan.reselects, default=1))
         for role, one in (("dense", dense), ("sparse", sparse)):
             candidates.append(decode_candidate(f"edgerun {role}, {kv_dtype} cache", one, role, kv_dtype))
         for every in plan.reselects if kv_dtype == key["kv_dtype"] else ():
             one = keeping_selections(sparse, every, plan.threads)
-            name = f"  a selection every {every} tokens"
-            candidates.append(decode_candidate(name, one, "keeping", kv_dtype))
+            candidates.append(decode_candidate(f"  a selection every {every} tokens", one, "keeping", kv_dtype))
+            candidates[-1].before = dense.run  # else the keys that `sparse` has just read would be warm
     return candidates, {}
 
 

@@ -136,8 +136,8 @@ class Decode:
     """One new token after `cached` tokens: the op on a filled cache, called again and again for the same position.
 
     Where a selection serves several tokens, calls go through so many positions, then begin again. Every call takes the
-    next of a few queries, so that selection has new work. Where candidates share a cache, the dense one, which reads
-    all of it, sweeps it out of the last-level cache before each sparse call.
+    next of a few queries, so that selection has new work. Where candidates share a cache, a dense call, which reads
+    all of it, comes before each sparse one and sweeps it out of the last-level cache.
     """
 
     case: AttentionCase  # cached + 1 tokens
@@ -175,10 +175,8 @@ class Decode:
 
     @property
     def cache_bytes(self) -> int:
-        """Keys, values, summaries and boundaries, for the tokens that the cache can hold."""
-        state = self.state
-        tensors = (state.key_cache, state.value_cache, state.summaries, state.boundaries)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Keys, values, summaries, boundaries and kept selections, for the tokens that the cache can hold."""
+        return sum(tensor.nbytes for tensor in self.state.tensors())
 
     def prove(self, name: str) -> float:
         """The error of one call against float64 over what the cache holds of the list that the op selected.
@@ -206,8 +204,10 @@ class Decode:
         return max(errors)
 
 
-def decode_pair(case: AttentionCase, budget: int, kv_dtype: str, threads: int) -> tuple[Decode, Decode]:
-    """(dense, sparse) after case.length - 1 tokens, over one cache that both read.
+def decode_pair(
+    case: AttentionCase, budget: int, kv_dtype: str, threads: int, tokens: int = 1
+) -> tuple[Decode, Decode]:
+    """(dense, sparse) after case.length - 1 tokens, over one cache that both read, with room for `tokens` more.
 
     Raises EdgerunError for a cache dtype that this build's op does not have.
     """
@@ -215,7 +215,7 @@ def decode_pair(case: AttentionCase, budget: int, kv_dtype: str, threads: int) -
         raise EdgerunError(f"a {kv_dtype} cache: this build's op has {', '.join(KV_DTYPES)}; left out")
     dtype = KV_DTYPES[kv_dtype]
     sparse, dense = attention_options(case.scale, budget), attention_options(case.scale, 0)
-    state = AttentionState.allocate(case.kv_heads, case.head_dim, case.length, sparse, dtype)
+    state = AttentionState.allocate(case.kv_heads, case.head_dim, case.length - 1 + tokens, sparse, dtype)
     op.attend(case.query, case.key, case.value, state, torch.tensor([0]), sparse)
     empty = AttentionState.allocate(case.kv_heads, case.head_dim, MICRO_BLOCK, dense, dtype)
     shared = dataclasses.replace(empty, key_cache=state.key_cache, value_cache=state.value_cache)

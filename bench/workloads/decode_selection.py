@@ -92,6 +92,7 @@ class Model:
         for module, options in zip(self._caches(), self._options, strict=True):
             if options.budget > 0:
                 module.options = dataclasses.replace(options, reselect=setting.every, refine=setting.refine)
+                module.selection.zero_()  # what another setting kept is not this one's
 
     def read(self, prompt: Sequence[int]) -> np.ndarray:
         """Logits after a prompt."""
@@ -154,6 +155,7 @@ def follow(
     """For each text the logits of its last `forced` tokens at each setting."""
     for text in tqdm(texts, desc="texts", disable=None):
         prompt, rest = text[: len(text) - forced], text[len(text) - forced :]
+        model.select(settings[0])  # a slice of one row selects as decode does
         first = model.read(prompt)
         found = []
         for setting in settings:
@@ -186,7 +188,6 @@ def forced(
 def answers(model: Model, plan: Plan, task: str, tokenizer: Tokenizer, ends: frozenset[int]) -> list[dict[str, Any]]:
     """Scores of a task at each setting, and the paired difference from the first."""
     scores: list[list[float]] = [[] for _ in plan.settings]
-    tokens_of_answers = 0
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -194,18 +195,17 @@ def answers(model: Model, plan: Plan, task: str, tokenizer: Tokenizer, ends: fro
     for index in tqdm(range(plan.samples), desc=task, disable=None):
         sample = ruler.generate(task, plan.length, SEED, index, count_tokens=count)
         prompt = tokenizer.encode(sample.prompt).ids
+        model.select(plan.settings[0])  # a slice of one row selects as decode does
         first = model.read(prompt)
         for one, setting in zip(scores, plan.settings, strict=True):
             model.select(setting)
             found = model.answer(len(prompt), first, sample.max_new_tokens, ends)
             one.append(ruler.score(sample, tokenizer.decode(found)))
-            tokens_of_answers += len(found)
     return [
         {
             **dataclasses.asdict(setting),
             "mean_score": float(np.mean(one)),
             "difference": dataclasses.asdict(paired_difference(one, scores[0])),
-            "mean_answer_tokens": tokens_of_answers / plan.samples / len(plan.settings),
             "scores": one,
         }
         for setting, one in zip(plan.settings, scores, strict=True)

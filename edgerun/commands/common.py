@@ -242,8 +242,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=dhsa.reselect,
         metavar="N",
-        help="tokens of decode that one selection serves: above 1 decode is faster, and looks at what it generates "
-        "later; default: %(default)s",
+        help="tokens of decode that one selection serves. Above 1 decode is faster and retrieves far less "
+        "(bench/results/decode_selection.json); default: %(default)s",
     )
     sparse.add_argument(
         "--selector", choices=("chunk", "block-topk", "window-sink"), default=dhsa.selector, help="default: %(default)s"

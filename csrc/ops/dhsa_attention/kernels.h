@@ -44,8 +44,8 @@ struct Kernels {
   int64_t lanes;          // floats in a vector
   bool integer_products;  // over 8-bit caches: queries and weights are rounded to 16 bits
   void (*attend)(const AttendTask& task);
-  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width] in halves; with `bounds`
-  // the rows are [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
+  // scores[r * stride + q] = queries[q] . rows[r], queries [pooled, width], rows [count, width] in halves; with
+  // `bounds` the rows are [count, 2, width] and the score is sum_d max(q_d low_d, q_d high_d).
   void (*score)(const float* queries, int64_t pooled, const uint16_t* rows, int64_t count, int64_t width, bool bounds,
                 float* scores, int64_t stride);
   // masses[q] = log2 sum_r 2^scores[r * stride + q] over `count` rows, for every column.

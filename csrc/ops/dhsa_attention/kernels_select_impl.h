@@ -20,9 +20,9 @@ constexpr int kScoreRows = 2;
 
 // A vector of halves as floats.
 EDGERUN_INLINE Vector load_halves(const uint16_t* source) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && EDGERUN_LANES == 16
   return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && EDGERUN_LANES == 8
   return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 #elif defined(__aarch64__)
   typedef __fp16 Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));

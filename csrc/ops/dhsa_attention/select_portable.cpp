@@ -466,13 +466,15 @@ List kept_list(const Params& params, const Tensors& tensors, int64_t head, const
   const int32_t* kept = Kept::row(params, tensors, head);
   const int64_t count = kept[Kept::kCount], local = kept[Kept::kLocal], end = blocks_for(group.end);
   if (kept[Kept::kLast] != last || (last < group.start && kept[Kept::kCallsLeft] <= 0)) return none;
-  const int64_t sink = params.sink / kMicroBlock;
-  // Memory that no call wrote can hold anything: a list is taken only if it is one.
-  if (local < sink || local >= end || count < 0 || sink + count + end - local > list_capacity(params)) return none;
+  const int64_t sink = params.sink / kMicroBlock, room = params.budget / kMicroBlock;
+  // Memory that no call wrote can hold anything: a list is taken only if it is one, within the budget.
+  if (local < sink || local >= end || count < 0 || count > room || kept[Kept::kCallsLeft] >= params.reselect)
+    return none;
+  if (sink + count + end - local > room + 1) return none;
   append_range(ids, 0, 0, sink);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = kept[kKeptHeader + i];
-    if (id < sink || id >= local) return none;
+    if (id < sink || id >= local || (i > 0 && id <= ids[sink + i - 1])) return none;
     ids[sink + i] = static_cast<uint16_t>(id);
   }
   return List{kListed, append_range(ids, sink + count, local, end)};

@@ -5,8 +5,8 @@
 //   hidden [rows, hidden]  float32      rows is 1 in prefill and in decode: only the last token's logits are computed
 //   table  [vocab, hidden] and scales as in embedding_lookup.h
 //   out    [rows, vocab]   float32
-// A table is read once, in order: with the CPU's vectors (kernels.h) a call runs near the speed of memory. Sums are float32,
-// in an order that depends on the hidden size alone: neither the threads nor the other rows change a result's bits.
+// A table is read once, in order, so memory bounds a call. Sums are float32, in an order that depends on the hidden
+// size alone: neither the threads nor the other rows change a result's bits.
 #pragma once
 
 #include "csrc/base/parallel.h"

@@ -1,7 +1,7 @@
 // The inner kernel of embedding_logits, written once over the vector width. A variant file sets, then includes:
 //   EDGERUN_VARIANT  its namespace and name          EDGERUN_LANES  floats in a vector register: 4 or 8
 //
-// One table row at a time, so that a table is read from its first byte to its last: what a CPU fetches ahead follows one
+// One table row at a time, so that a table is read from first byte to last: what a CPU fetches ahead follows one
 // such stream to the speed of memory, and loses several rows side by side at the end of each. A row has 32 partial sums
 // whatever the width, added in one order: variants differ by the rounding of a multiply-add alone. Functions of the
 // standard library stay out of this file: the linker could take the copy compiled for a wider instruction set for
