@@ -1,5 +1,4 @@
-// embedding_logits for x86 with AVX2, FMA and F16C. One core reads an int8 table at two thirds of the speed of memory
-// with it.
+// embedding_logits for x86 with AVX2, FMA and F16C.
 #define EDGERUN_VARIANT avx2
 #define EDGERUN_LANES 8
 #include "csrc/ops/embedding_logits/kernels_impl.h"
