@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import random
@@ -352,21 +353,38 @@ class Words:
         return [self.ids[word] for word in caption.split()] + [1]
 
 
-@torch.no_grad()
-def make_cache(vae: VideoAutoencoder, words: Words, count: int, wordings: int, seed: int, device: str) -> Cache:
-    """`count` clips of the seen split; every clip has several wordings."""
-    generator = torch.Generator(device).manual_seed(seed)
-    rng = random.Random(seed)
+def make_cache(
+    out: pathlib.Path, vae: VideoAutoencoder, words: Words, count: int, wordings: int, seed: int, device: str
+) -> Cache:
+    """`count` clips of the seen split; every clip has several wordings. What is encoded stays in out/latents."""
     size = 256 if device == "cuda" else 32
-    latents, rows = [], []
+    weights = hashlib.sha256((out / "vae" / "model.safetensors").read_bytes()).hexdigest()[:12]
+    folder = out / "latents" / weights
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
     for first in range(0, count, size):
-        batch = clips.sample_batch(min(size, count - first), generator, device, split="seen")
-        with mixed(device):
-            encoded = vae.encode(clips.render(batch), sample=False)
-        latents.append(encoded.to(torch.bfloat16 if device == "cuda" else torch.float16))
-        texts = [[words.encode(text) for text in clips.captions(batch, rng)] for _ in range(wordings)]
-        rows += [[ids + [0] * (MAX_TOKENS - len(ids)) for ids in clip] for clip in zip(*texts, strict=True)]
-    return Cache(torch.cat(latents), torch.tensor(rows, device=device))
+        path = folder / f"{seed}_{wordings}_{size}_{first}.safetensors"
+        if not path.exists():
+            latents, tokens = encode_clips(vae, words, size, wordings, seed * 1_000_000 + first, device)
+            save_file({"latents": latents.cpu(), "tokens": tokens}, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+        parts.append(load_file(path))
+    latents = torch.cat([part["latents"] for part in parts])[:count]
+    return Cache(latents.to(device), torch.cat([part["tokens"] for part in parts])[:count].to(device))
+
+
+@torch.no_grad()
+def encode_clips(
+    vae: VideoAutoencoder, words: Words, count: int, wordings: int, seed: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and captions of new clips."""
+    rng = random.Random(seed)
+    batch = clips.sample_batch(count, torch.Generator(device).manual_seed(seed), device, split="seen")
+    with mixed(device):
+        encoded = vae.encode(clips.render(batch), sample=False)
+    texts = [[words.encode(text) for text in clips.captions(batch, rng)] for _ in range(wordings)]
+    rows = [[ids + [0] * (MAX_TOKENS - len(ids)) for ids in clip] for clip in zip(*texts, strict=True)]
+    return encoded.to(torch.bfloat16 if device == "cuda" else torch.float16).contiguous(), torch.tensor(rows)
 
 
 def text_encoder(vocabulary: int) -> torch.nn.Module:
@@ -428,8 +446,8 @@ def train_denoiser(
     words = Words()
     vae = load_vae(out / "vae", device)
     begin = time.monotonic()
-    cache = make_cache(vae, words, count, 4, 10, device)
-    held = make_cache(vae, words, min(512, count), 1, 11, device)
+    cache = make_cache(out, vae, words, count, 4, 10, device)
+    held = make_cache(out, vae, words, min(512, count), 1, 11, device)
     log(out, stage="cache", clips=count, seconds=time.monotonic() - begin)
     networks = Networks(words).to(device)
     parameters = list(networks.parameters())
