@@ -208,7 +208,8 @@ def budget_plots(contenders: Sequence[Contender], report: Report) -> tuple[Plot,
                 lines["dense"] = [(float(budget), right) for budget in budgets]
             else:
                 dhsa = contender.recipe.dhsa
-                name = {"chunk": "DHSA", "block-topk": "block top-k", "window-sink": "window + sink"}[dhsa.selector]
+                own = {"chunk": "DHSA", "block-topk": "block top-k", "window-sink": "window + sink"}[dhsa.selector]
+                name = contender.selector or own
                 lines.setdefault(name, []).append((float(dhsa.budget), right))
         series = tuple(Series(name, tuple(points), dashed=name == "dense") for name, points in lines.items())
         plots.append(
@@ -230,24 +231,31 @@ def budget_contenders(
 
     Raises EdgerunError for an unknown selector, ExportError for a budget below its minimum, CheckpointError.
     """
-    recipes = {"dense": dataclasses.replace(base, attention="dense")}
+    from edgerun.selectors.registry import OP_SELECTORS, split
+
+    contenders = [eager_contender("dense", checkpoint, dataclasses.replace(base, attention="dense"))]
     for selector in selectors:
-        if selector not in _SELECTORS:
-            raise EdgerunError(f"--selectors has {selector!r}; there are {', '.join(_SELECTORS)}")
+        if selector not in OP_SELECTORS:
+            split(selector)
         for budget in budgets:
-            dhsa = dataclasses.replace(base.dhsa, selector=cast(Any, selector), budget=budget)
-            recipes[f"{selector} {budget}"] = dataclasses.replace(base, attention="dhsa", dhsa=dhsa)
-    return [eager_contender(name, checkpoint, recipe) for name, recipe in recipes.items()]
+            dhsa = dataclasses.replace(base.dhsa, budget=budget)
+            lab: str | None = selector
+            if selector in OP_SELECTORS:
+                dhsa, lab = dataclasses.replace(dhsa, selector=cast(Any, selector)), None
+            recipe = dataclasses.replace(base, attention="dhsa", dhsa=dhsa)
+            contenders.append(eager_contender(f"{selector} {budget}", checkpoint, recipe, lab))
+    return contenders
 
 
-def eager_contender(name: str, checkpoint: pathlib.Path, recipe: Recipe) -> Contender:
+def eager_contender(name: str, checkpoint: pathlib.Path, recipe: Recipe, selector: str | None = None) -> Contender:
     """An eager contender with its identity. Raises CheckpointError or ExportError when it cannot be served."""
     from edgerun.checkpoint import Checkpoint
     from edgerun.models.causal_lm import resolve
 
     opened = Checkpoint.open(checkpoint)
     resolved = resolve(opened.config, recipe)
-    return Contender(name, checkpoint, resolved, resolved.hash(opened.sha256()))
+    build = resolved.hash(opened.sha256())
+    return Contender(name, checkpoint, resolved, build if selector is None else f"{build} {selector}", selector)
 
 
 def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[Check, ...]]:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity, needle, ruler, threads
@@ -23,6 +23,8 @@ from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
 from edgerun.library_noise import quiet_libraries
 from edgerun.recipe import Recipe
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 SUITES = ("needle", "ruler", "threads")
 
 
@@ -50,12 +52,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Who answers. recipe: of the eager model of the checkpoint `path`; None: `path` is a bundle. build: identity."""
+    """Who answers. recipe: of the eager model of the checkpoint `path`; None: `path` is a bundle. build: identity.
+
+    selector: of the lab (edgerun/selectors/registry.py), in place of the recipe's own; predictor: a calibration file.
+    """
 
     name: str
     path: pathlib.Path
     recipe: Recipe | None
     build: str
+    selector: str | None = None
+    predictor: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +106,12 @@ class EagerAnswerer:
         self._build = contender.build
         checkpoint = Checkpoint.open(contender.path)
         self._slice = contender.recipe.prefill_slice
-        self._model = causal_lm.load(checkpoint, contender.recipe)
+        self.model = causal_lm.load(checkpoint, contender.recipe)
+        if contender.selector is not None:
+            from edgerun.selectors import attention, registry
+
+            attention.install(self.model, registry.make(contender.selector, contender.recipe.dhsa, contender.predictor))
+            self._slice = self.model.max_context  # some rules read the whole prompt at once
         self._tokenizer = tokenizers.Tokenizer.from_file(str(contender.path / "tokenizer.json"))
         self._ends = end_tokens(checkpoint.config, checkpoint.generation)
 
@@ -109,10 +121,10 @@ class EagerAnswerer:
 
         sample = job.sample(self.count_tokens)
         ids = self._tokenizer.encode(sample.prompt).ids
-        _require_room(len(ids) + sample.max_new_tokens, self._model.max_context)
+        _require_room(len(ids) + sample.max_new_tokens, self.model.max_context)
         with count_attention() as counters:
             run = fidelity.greedy(
-                self._model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
+                self.model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
             )
         return _scored(
             self._build,
@@ -125,9 +137,17 @@ class EagerAnswerer:
             density=counters.density,
         )
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, special ones included."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_more(self, text: str) -> list[int]:
+        """Tokens of what follows a prompt."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` without special ones."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return len(self.encode_more(text))
 
 
 class BundleAnswerer:
@@ -186,7 +206,7 @@ def answer_all(
     wanted = [(contender, job) for contender in contenders for job in jobs]
     missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
     done = len(wanted) - len(missing)
-    for answer in _work(missing, processes):
+    for answer in run_tasks(_answer, missing, processes):
         if record is not None:
             with record.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(answer.to_json()) + "\n")
@@ -218,15 +238,16 @@ def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
     return answers
 
 
-def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[Answer]:
+def run_tasks(work: Callable[[_T], _R], tasks: Sequence[_T], processes: int) -> Iterable[_R]:
+    """What `work` gives for each task, as it comes. One process works here; more are started with one thread each."""
     if processes <= 1 or len(tasks) <= 1:
-        yield from (_answer(task) for task in tasks)
+        yield from (work(task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _start_worker) as pool:
         try:
             yield from (
-                future.result() for future in concurrent.futures.as_completed([pool.submit(_answer, t) for t in tasks])
+                future.result() for future in concurrent.futures.as_completed([pool.submit(work, t) for t in tasks])
             )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -149,7 +149,7 @@ def eager_logits(
 ) -> npt.NDArray[np.float32]:
     """Logits [len(forced) + 1, vocab] of an eager model: after the prompt, fed in slices, and each forced token."""
     rows = [_prefill(model, prompt, prefill_slice)]
-    rows += [_feed(model, [token], len(prompt) + offset) for offset, token in enumerate(forced)]
+    rows += [feed(model, [token], len(prompt) + offset) for offset, token in enumerate(forced)]
     return np.stack(rows)
 
 
@@ -172,7 +172,7 @@ def greedy(
     prefilled = time.monotonic()
     tokens = [int(rows[0].argmax())]
     while tokens[-1] not in ends and len(tokens) < max_new_tokens:
-        rows.append(_feed(model, tokens[-1:], len(prompt) + len(tokens) - 1))
+        rows.append(feed(model, tokens[-1:], len(prompt) + len(tokens) - 1))
         tokens.append(int(rows[-1].argmax()))
     return GreedyRun(tuple(tokens), np.stack(rows), prefilled - begin, time.monotonic() - prefilled)
 
@@ -181,10 +181,11 @@ def _prefill(model: CausalLM, prompt: Sequence[int], prefill_slice: int) -> npt.
     """The prompt in slices into a fresh state -> logits [vocab] after it."""
     model.reset()
     starts = range(0, len(prompt), prefill_slice)
-    return [_feed(model, prompt[start : start + prefill_slice], start) for start in starts][-1]
+    return [feed(model, prompt[start : start + prefill_slice], start) for start in starts][-1]
 
 
-def _feed(model: CausalLM, ids: Sequence[int], position: int) -> npt.NDArray[np.float32]:
+def feed(model: CausalLM, ids: Sequence[int], position: int) -> npt.NDArray[np.float32]:
+    """One call of an eager model: tokens stored from `position` on -> logits [vocab] after the last."""
     import torch
 
     with torch.inference_mode():

@@ -55,6 +55,7 @@ __all__ = [
     "boundaries_as",
     "count_attention",
     "count_pairs",
+    "count_pairs_in_context",
     "decomposition",
     "native_attend",
     "native_lists",
@@ -166,6 +167,14 @@ def count_attention() -> Iterator[AttentionCounters]:
         yield counters
     finally:
         _COUNTERS.reset(token)
+
+
+def count_pairs_in_context(attended: int, causal: int) -> None:
+    """Adds to the counters of this context, if it has any: for attention that is not the op's own call."""
+    counters = _COUNTERS.get()
+    if counters is not None:
+        counters.attended_pairs += attended
+        counters.causal_pairs += causal
 
 
 def attend(
@@ -389,10 +398,7 @@ def _implementation(
         attended_pairs, causal_pairs = _native().dhsa_attention(*arguments)  # type: ignore[arg-type, call-arg]
     except ValueError as error:
         raise EdgerunError(f"dhsa_attention cannot serve this call: {error}") from error
-    counters = _COUNTERS.get()
-    if counters is not None:
-        counters.attended_pairs += attended_pairs
-        counters.causal_pairs += causal_pairs
+    count_pairs_in_context(attended_pairs, causal_pairs)
     return out
 
 

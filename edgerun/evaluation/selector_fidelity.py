@@ -1,0 +1,344 @@
+"""How near a selector stays to dense attention: the attention that its blocks hold, and the answer's probabilities.
+
+Recall: one dense pass over a prompt and its right answer, in which every selector lists its blocks for every layer and
+KV head on the same queries and keys: for each tile of the prompt, and for some single tokens of the answer. The listed
+blocks' part of the exact attention, summed over rows and query heads, is held against that of the best blocks of the
+same number. Tiles that fit the budget are dense for everyone and left out. Divergence: the selector prefills the
+prompt, the right answer is fed token by token, and the logits at the answer's positions are held against dense ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from edgerun.errors import EdgerunError
+from edgerun.evaluation import fidelity, ruler
+from edgerun.evaluation.answers import Contender, EagerAnswerer, Job, run_tasks
+from edgerun.evaluation.sample import TokenCounter
+from edgerun.ops.dhsa_attention import Lists, count_attention
+from edgerun.recipe import MICRO_BLOCK
+from edgerun.selectors import attention, registry
+from edgerun.selectors.attention import Engine
+from edgerun.selectors.estimates import exact_logits, exact_mass
+from edgerun.selectors.interface import BlockSelector, Call, everything
+from edgerun.selectors.paper import PaperAttention
+from edgerun.selectors.simple import Dense
+
+PREFILL, DECODE, DIVERGENCE = "prefill", "decode", "divergence"
+_DECODE_POSITIONS = 8  # of an answer, at which lists are asked for
+
+Recall = tuple[list[float], list[float], float, float]  # held, best by KV head; attended, causal pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One selector at one budget on one prompt.
+
+    kind prefill and decode: recall. held and best: mean share of a row's attention in the listed blocks, and in the
+    best ones of the same number, by layer and KV head. kind divergence: means over the answer's positions.
+    """
+
+    build: str
+    kind: str
+    selector: str
+    budget: int
+    job: Job
+    density: float | None
+    held: tuple[tuple[float, ...], ...] = ()
+    best: tuple[tuple[float, ...], ...] = ()
+    kl_nats: float | None = None
+    top1: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a measurement the same one."""
+        return (self.build, self.kind, self.selector, self.budget, self.job)
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the record."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Measurement:
+        """The measurement that a line holds."""
+        grids = {name: tuple(tuple(row) for row in values[name]) for name in ("held", "best")}
+        return Measurement(**{**values, **grids, "job": Job(**values["job"])})
+
+
+class Probe(BlockSelector):
+    """Attends everything, and asks every selector at every budget what it would have listed, while `asks`."""
+
+    def __init__(self, selectors: dict[str, BlockSelector | PaperAttention], budgets: Sequence[int]) -> None:
+        self.selectors, self.budgets = selectors, budgets
+        self.asks = True
+        # by (kind, selector, budget), then by layer: one entry a call
+        self.found: dict[tuple[str, str, int], dict[int, list[Recall]]] = {}
+
+    def scores(self, call: Call) -> torch.Tensor:
+        raise NotImplementedError("a probe gives lists, not scores")
+
+    def lists(self, call: Call) -> Lists:
+        if not self.asks:
+            return everything(call)
+        mass = exact_mass(call)
+        kind = PREFILL if call.query.shape[2] > 1 else DECODE
+        for name, selector in self.selectors.items():
+            if kind == DECODE and isinstance(selector, BlockSelector) and selector.dense_decode:
+                continue
+            for budget in self.budgets:
+                options = dataclasses.replace(call.options, budget=budget)
+                memory, shared = (where.setdefault((name, budget), {}) for where in (call.memory, call.shared))
+                one = dataclasses.replace(call, options=options, memory=memory, shared=shared)
+                if isinstance(selector, PaperAttention):
+                    result = token_recall(one, selector)
+                else:
+                    result = recall(selector.lists(one), one, mass)
+                if result is not None:
+                    self.found.setdefault((kind, name, budget), {}).setdefault(call.layer, []).append(result)
+        return everything(call)
+
+
+def recall(lists: Lists, call: Call, mass: torch.Tensor) -> Recall | None:
+    """(held, best) for each KV head and (attended, causal) pairs, over the groups beyond the budget; None without one.
+
+    mass [Hkv, groups, blocks]: the attention that each block gets, as `exact_mass` has it.
+    """
+    sparse = [g for g, (_, last) in enumerate(call.groups) if call.input_pos + last > call.options.budget]
+    attended, causal = pairs(lists, call)
+    if not sparse:
+        return None
+    rows = sum(call.groups[g][1] - call.groups[g][0] for g in sparse) * call.query.shape[1]
+    held, best = [], []
+    for head, mine in enumerate(lists):
+        ranked = mass[head, sparse].sort(dim=1, descending=True).values
+        held.append(sum(float(mass[head, g, mine[g]].sum()) for g in sparse) / rows)
+        best.append(sum(float(row[: len(mine[g])].sum()) for row, g in zip(ranked, sparse, strict=True)) / rows)
+    return held, best, attended, causal
+
+
+def token_recall(call: Call, selector: PaperAttention) -> Recall | None:
+    """The same for the paper's lists of tokens, whose tiles are its own; best: of as many tokens."""
+    options = dataclasses.replace(selector.options, budget=call.options.budget)
+    engine = dataclasses.replace(selector, options=options)
+    heads, group, tokens, _ = call.query.shape
+    tiles = dataclasses.replace(call, options=dataclasses.replace(call.options, tile=options.tile), memory={})
+    held, best, rows = torch.zeros(heads), torch.zeros(heads), 0
+    attended = 0
+    for index, ((first, last), columns) in enumerate(engine.tokens(call, call.query.flatten(0, 1)[None])):
+        positions = torch.arange(call.input_pos + first, call.input_pos + last)
+        attended += int((columns <= positions[:, None]).sum())
+        if call.input_pos + last <= options.budget:
+            continue
+        weights = exact_logits(tiles, index).softmax(dim=-1).sum(dim=(1, 2))  # [Hkv, end]
+        held += weights[:, columns].sum(dim=1)
+        best += weights.sort(dim=1, descending=True).values[:, : len(columns)].sum(dim=1)
+        rows += group * (last - first)
+    if not rows:
+        return None
+    causal = tokens * call.input_pos + tokens * (tokens + 1) // 2
+    return (held / rows).tolist(), (best / rows).tolist(), float(attended * heads), float(causal * heads)
+
+
+def pairs(lists: Lists, call: Call) -> tuple[float, float]:
+    """(attended, causal) pairs of query and key, summed over KV heads; the rows of a group see its blocks causally."""
+    attended = causal = 0
+    for group, (first, last) in enumerate(call.groups):
+        start, end = call.input_pos + first, call.input_pos + last
+        rows = last - first
+        causal += len(lists) * (rows * start + rows * (rows + 1) // 2)
+        own = start // MICRO_BLOCK  # blocks before it are seen whole by every row
+        for mine in lists:
+            before = sum(block < own for block in mine[group])
+            tail = [p for b in mine[group] if b >= own for p in range(b * MICRO_BLOCK, min(end, (b + 1) * MICRO_BLOCK))]
+            attended += rows * before * MICRO_BLOCK + sum(min(rows, end - max(p, start)) for p in tail)
+    return float(attended), float(causal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one process does at once: the recall of all selectors on one prompt, or one selector's divergence."""
+
+    contender: Contender
+    job: Job
+    kind: str
+    selectors: tuple[str, ...]
+    budgets: tuple[int, ...]
+
+
+def measure(task: Task) -> list[Measurement]:
+    """Do a task. Raises EdgerunError for a selector or a budget that cannot be."""
+    answerer, dense = _models(task)
+    assert task.contender.recipe is not None
+    prompt, answer = prompt_and_answer(task.job, answerer.count_tokens)
+    ids = answerer.encode(prompt)
+    forced = answerer.encode_more(answer)
+    if task.kind == PREFILL:
+        return _recalls(task, answerer, ids, forced)
+    return list(_divergences(task, answerer, dense, ids, forced))
+
+
+def _recalls(task: Task, answerer: EagerAnswerer, ids: list[int], forced: list[int]) -> list[Measurement]:
+    """Recall of both kinds: the probe sits in the model while it reads the prompt and its answer densely."""
+    contender = task.contender
+    assert contender.recipe is not None
+    # One engine a budget: what the paper's mode needs of it is in its options.
+    probe = Probe(
+        {n: registry.make(n, contender.recipe.dhsa, contender.predictor).prefill for n in task.selectors}, task.budgets
+    )
+    attention.use(answerer.model, Engine(probe, probe))
+    asked = {round(i * (len(forced) - 1) / max(1, _DECODE_POSITIONS - 1)) for i in range(_DECODE_POSITIONS)}
+    fidelity.feed(answerer.model, ids, 0)
+    for index, token in enumerate(forced):
+        probe.asks = index in asked
+        fidelity.feed(answerer.model, [token], len(ids) + index)
+    found = []
+    for (kind, name, budget), layers in probe.found.items():
+        everyone = [one for calls in layers.values() for one in calls]
+        density = sum(one[2] for one in everyone) / sum(one[3] for one in everyone)
+        held = tuple(_means([one[0] for one in calls]) for calls in layers.values())
+        best = tuple(_means([one[1] for one in calls]) for calls in layers.values())
+        found.append(Measurement(contender.build, kind, name, budget, task.job, density, held, best))
+    return found
+
+
+def _means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(sum(column) / len(column) for column in zip(*rows, strict=True))
+
+
+def _divergences(
+    task: Task, answerer: EagerAnswerer, reference: dict[Job, Any], ids: list[int], forced: list[int]
+) -> Iterator[Measurement]:
+    recipe = task.contender.recipe
+    assert recipe is not None
+    if task.job not in reference:
+        reference.clear()
+        attention.use(answerer.model, Engine(Dense(), Dense()))
+        reference[task.job] = fidelity.eager_logits(answerer.model, ids, forced, len(ids))
+    for name in task.selectors:
+        for budget in task.budgets:
+            dhsa = dataclasses.replace(recipe.dhsa, budget=budget)
+            attention.use(answerer.model, registry.make(name, dhsa, task.contender.predictor), budget)
+            begin = time.monotonic()
+            with count_attention() as counters:
+                logits = fidelity.eager_logits(answerer.model, ids, forced, len(ids))
+            found = fidelity.measure(logits, reference[task.job])
+            yield Measurement(
+                task.contender.build,
+                DIVERGENCE,
+                name,
+                budget,
+                task.job,
+                counters.density,
+                kl_nats=found.mean_kl_nats,
+                top1=found.top1,
+                seconds=time.monotonic() - begin,
+            )
+
+
+def prompt_and_answer(job: Job, count_tokens: TokenCounter) -> tuple[str, str]:
+    """The prompt of a RULER job, and its answer as training writes it. Raises EdgerunError for another suite."""
+    if job.suite != "ruler":
+        raise EdgerunError(f"selectors are measured on RULER's tasks, not on {job.suite!r}")
+    try:
+        document = ruler.generate_document(job.task, job.length, job.seed, job.index, count_tokens=count_tokens)
+    except ValueError as error:
+        raise EdgerunError(str(error)) from error
+    question = document.questions[0]
+    return document.text + question.text, question.completion
+
+
+_LOADED: dict[str, tuple[EagerAnswerer, dict[Job, Any]]] = {}
+
+
+def _models(task: Task) -> tuple[EagerAnswerer, dict[Job, Any]]:
+    """The contender's model with its attention replaced, and what dense attention gave for the last job."""
+    if task.contender.build not in _LOADED:
+        _LOADED.clear()
+        answerer = EagerAnswerer(task.contender)
+        attention.install(answerer.model, Engine(Dense(), Dense()))
+        _LOADED[task.contender.build] = (answerer, {})
+    return _LOADED[task.contender.build]
+
+
+def measure_all(
+    contender: Contender,
+    jobs: Sequence[Job],
+    selectors: Sequence[str],
+    budgets: Sequence[int],
+    *,
+    processes: int,
+    record: pathlib.Path | None = None,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Measurement]:
+    """Every selector at every budget on every job, of both kinds; what the record has is not measured again.
+
+    A budget that holds the whole prompt is left out: everyone is dense there. Raises EdgerunError for a damaged record.
+    """
+    known = read_record(record)
+    missing: list[Task] = []
+    wanted: list[tuple[object, ...]] = []
+    for job in jobs:
+        fitting = [budget for budget in budgets if budget < job.length]
+        for kind, names in ((PREFILL, [n for n in selectors if "/" not in n]), (DIVERGENCE, list(selectors))):
+            keys = {(n, b): (contender.build, kind, n, b, job) for n in names for b in fitting}
+            wanted += keys.values()
+            if kind == PREFILL:  # a task gives both kinds of recall
+                wanted += [(contender.build, DECODE, n, b, job) for n in names for b in fitting]
+            for budget in fitting:
+                lacking = tuple(n for n in names if keys[n, budget] not in known)
+                if lacking:
+                    missing.append(Task(contender, job, kind, lacking, (budget,)))
+    missing = _merged(missing)
+    done = len([key for key in wanted if key in known])
+    for found in run_tasks(measure, missing, processes):
+        for one in found:
+            known[one.key] = one
+        if record is not None:
+            with record.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(one.to_json()) + "\n" for one in found)
+        done += len(found)
+        if on_done is not None:
+            on_done(done, len(wanted))
+    return [known[key] for key in wanted if key in known]
+
+
+def _merged(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks of the same prompt, kind and selectors in one: its dense pass is then computed once."""
+    together: dict[tuple[Job, str, tuple[str, ...]], list[int]] = {}
+    for task in tasks:
+        together.setdefault((task.job, task.kind, task.selectors), []).extend(task.budgets)
+    return [
+        Task(tasks[0].contender, job, kind, names, tuple(budgets)) for (job, kind, names), budgets in together.items()
+    ]
+
+
+def read_record(path: pathlib.Path | None) -> dict[tuple[object, ...], Measurement]:
+    """The measurements of a JSONL file. A last line cut short, as a killed run leaves it, is dropped.
+
+    Raises EdgerunError for another line that is none.
+    """
+    if path is None or not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8")
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            one = Measurement.from_json(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise EdgerunError(f"{path} line {number} is not a measurement ({error}): pass another --output") from error
+        found[one.key] = one
+    return found
+
+
+__all__ = ["DECODE", "DIVERGENCE", "PREFILL", "Measurement", "Probe", "Task", "measure", "measure_all", "recall"]
