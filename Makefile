@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
-# Debian packages without which some tests and the emulated device cannot run: compiler and emulator for arm64, sshd.
-DEBIAN_PACKAGES := g++-aarch64-linux-gnu qemu-user openssh-server
+# Debian packages without which some tests and the emulated device cannot run: compiler and emulator for arm64, sshd, and
+# the browser that a report's page is looked at with.
+DEBIAN_PACKAGES := g++-aarch64-linux-gnu qemu-user openssh-server chromium
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -44,7 +45,7 @@ $(STAMPS)/build: $(STAMPS)/requirements $(NATIVE)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[export,video,test,lint]"
 	@touch $@
 
-packages: $(STAMPS)/packages  ## what the emulated device needs from Debian
+packages: $(STAMPS)/packages  ## what the emulated device and some tests need from Debian
 
 $(STAMPS)/packages: $(STAMPS)/python
 	@sh .ci/debian_packages.sh $@ $(DEBIAN_PACKAGES)

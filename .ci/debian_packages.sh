@@ -1,11 +1,12 @@
 #!/bin/sh
 # Install what tests and the emulated device need from Debian or Ubuntu, or say what to install. Never fails a build:
-# without these packages everything else works, and what needs them says so.
+# without these packages everything else works, and what needs them says so. Each is installed by itself, so that one that
+# a release does not have (Ubuntu has chromium only as a snap) costs none of the others.
 #   .ci/debian_packages.sh STAMP PACKAGE...      touches STAMP once nothing is missing
 stamp=$1
 shift
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-  echo "note: no apt here, so the emulated arm64 device and its tests are left out (they need: $*)"
+  echo "note: no apt here, so the emulated arm64 device and the tests of these packages are left out: $*"
   touch "$stamp"
   exit 0
 fi
@@ -16,15 +17,19 @@ done
 if [ -n "$missing" ] && [ "$(id -u)" = 0 ]; then
   echo "installing$missing"
   log=$(mktemp)
-  if { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing; } >"$log" 2>&1; then
-    missing=
-  else
-    tail -n 3 "$log"
-  fi
+  apt-get update >"$log" 2>&1 || tail -n 3 "$log"
+  wanted=$missing
+  missing=
+  for package in $wanted; do
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$package" >"$log" 2>&1; then
+      tail -n 3 "$log"
+      missing="$missing $package"
+    fi
+  done
   rm -f "$log"
 fi
 if [ -n "$missing" ]; then
-  echo "note: missing$missing; the emulated arm64 device or the ssh test is left out."
+  echo "note: missing$missing; the emulated arm64 device, the ssh test or the test of a report's page is left out."
   echo "      To have them: sudo apt-get install$missing"
 else
   touch "$stamp"

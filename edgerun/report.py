@@ -1,6 +1,7 @@
 """Report: what every verb measured, in one schema, written as text, JSON or a self-contained HTML page.
 
-A report is facts, tables, plots, checks and the time of each step, with the machine and the command that made it.
+A report is a verdict, facts, tables, plots, heat maps, pictures, checks and the time of each step, with the machine and
+the command that made it.
 A unit stands in its column or axis; what is not known is None ("null" in JSON, a dash in print), never 0.
 """
 
@@ -11,14 +12,16 @@ import json
 import math
 import os
 import pathlib
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
 from edgerun.errors import EdgerunError
+from edgerun.report_json import decode, plain
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# 1 lacks the verdict, heat maps, pictures and an axis' base: what it does not have is left at its default.
+_READABLE = (1, 2)
 _UNKNOWN = "–"
 
 
@@ -57,13 +60,17 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A plot's axis. log: base-2 scale, for lengths; low and high: the range, None for what the points need."""
+    """A plot's axis. low and high: the range, None for what the points need.
+
+    log: a logarithmic scale; base: 2 has ticks at powers of two, for lengths, and 10 at 1, 2, 5, 10, …, for shares.
+    """
 
     label: str
     unit: str = ""
     log: bool = False
     low: float | None = None
     high: float | None = None
+    base: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,87 @@ class Plot:
     y: Axis
     series: tuple[Series, ...]
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Categories:
+    """A heat map's axis. ticks: a label for every column from the left, or for every row from the top."""
+
+    label: str
+    unit: str
+    ticks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """A value for every pair of two categories, as colour and number.
+
+    values: rows from the top, None for what was not measured; unit: of the values; low and high: the colour scale's
+    ends; digits: decimals in print, None for as many as the scale needs; group: maps that share a group's name stand
+    side by side on one colour scale. Raises ValueError when the values do not fit the axes, or low is not below high.
+    """
+
+    title: str
+    x: Categories
+    y: Categories
+    values: tuple[tuple[float | None, ...], ...]  # [rows, columns]
+    unit: str
+    low: float
+    high: float
+    note: str = ""
+    group: str = ""
+    digits: int | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = len(self.y.ticks), len(self.x.ticks)
+        widths = sorted({len(row) for row in self.values})
+        if not rows or not columns:
+            raise ValueError(f"heat map {self.title!r} has no value: leave it out")
+        if len(self.values) != rows or widths != [columns]:
+            raise ValueError(
+                f"heat map {self.title!r} has {len(self.values)} rows of {widths} values for {rows} and {columns} ticks"
+            )
+        if not self.low < self.high:
+            raise ValueError(f"heat map {self.title!r} has a scale from {self.low} to {self.high}: low must be lower")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """Colours of one kind of a picture's pixels, as "#rrggbb" from the scale's low end to its high end.
+
+    start: the lowest value that a pixel of this kind has; None for the scale's low end.
+    """
+
+    name: str
+    colours: tuple[str, ...]
+    start: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A matrix too large for a heat map, as an image whose pixels mean what `ramps` say on the logarithmic `scale`.
+
+    x, y and scale have a low and a high; y.low is the top edge. png: base64; rows and columns: of the matrix;
+    alt: what the image shows, for who cannot see it. Raises ValueError for a range that is missing or cannot be drawn.
+    """
+
+    title: str
+    x: Axis
+    y: Axis
+    rows: int
+    columns: int
+    png: str
+    alt: str
+    scale: Axis
+    ramps: tuple[Ramp, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for axis in (self.x, self.y, self.scale):
+            if axis.low is None or axis.high is None or not axis.low < axis.high:
+                raise ValueError(f"picture {self.title!r}: {axis.label!r} needs a low and a higher high")
+        if self.scale.low is not None and self.scale.low <= 0:
+            raise ValueError(f"picture {self.title!r}: a logarithmic scale cannot begin at {self.scale.low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +209,10 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One run of one verb. kind: the verb; facts: (name, value) pairs about what was worked on."""
+    """One run of one verb. kind: the verb; facts: (name, value) pairs about what was worked on.
+
+    verdict: what came out, in one sentence; every writer puts it first.
+    """
 
     kind: str
     title: str
@@ -135,6 +226,9 @@ class Report:
     checks: tuple[Check, ...] = ()
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
+    verdict: str = ""
+    heat_maps: tuple[HeatMap, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -143,34 +237,38 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with the schema's version; `from_json` gives the same report back."""
-        return {"schema_version": SCHEMA_VERSION, **_plain(self)}
+        return {"schema_version": SCHEMA_VERSION, **plain(self)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Report:
         """The report that `to_json` wrote. Raises EdgerunError for another schema or a damaged report."""
         version = values.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise EdgerunError(
-                f"report schema {version!r}; this edgerun reads {SCHEMA_VERSION}: use the one that wrote it"
-            )
+        if version not in _READABLE:
+            known = " and ".join(map(str, _READABLE))
+            raise EdgerunError(f"report schema {version!r}; this edgerun reads {known}: use the one that wrote it")
         try:
-            report = _decode(Report, {key: value for key, value in values.items() if key != "schema_version"})
+            report = decode(Report, {key: value for key, value in values.items() if key != "schema_version"})
         except (KeyError, TypeError, ValueError) as error:
             raise EdgerunError(f"this is not an edgerun report: {error}; write it again with --json") from error
         return typing.cast(Report, report)
 
 
 def to_text(report: Report, *, colour: bool = False) -> str:
-    """The report for a terminal: facts, tables with units, checks, and the time of each step."""
+    """The report for a terminal: verdict, facts, tables with units, heat maps as tables, checks, each step's time."""
     bold, green, red, dim, plain = ("\033[1m", "\033[32m", "\033[31m", "\033[2m", "\033[0m") if colour else ("",) * 5
     blocks = [f"{bold}{report.title}{plain}"]
+    if report.verdict:
+        blocks.append(f"{bold}{report.verdict}{plain}")
     if report.facts:
         width = max(len(name) for name, _ in report.facts)
         blocks.append("\n".join(f"  {name.ljust(width)}  {format_cell(value)}" for name, value in report.facts))
-    for table in report.tables:
+    for table in (*report.tables, *map(heat_map_table, report.heat_maps)):
         heading = f"{bold}{table.title}{plain}\n" if table.title else ""
         note = f"\n{dim}  {table.note}{plain}" if table.note else ""
         blocks.append(heading + _text_table(table) + note)
+    blocks += [
+        f"{bold}{picture.title}{plain} (a picture, on the HTML page): {picture.alt}" for picture in report.pictures
+    ]
     if report.checks:
         lines = []
         for check in report.checks:
@@ -222,6 +320,24 @@ def format_cell(cell: Cell, digits: int | None = None) -> str:
     return text
 
 
+def heat_map_digits(heat_map: HeatMap) -> int:
+    """Decimals of a heat map's numbers: its own, else as many as tell a hundredth of its scale."""
+    if heat_map.digits is not None:
+        return heat_map.digits
+    return max(0, 2 - math.floor(math.log10(heat_map.high - heat_map.low) + 1e-9))
+
+
+def heat_map_table(heat_map: HeatMap) -> Table:
+    """A heat map's numbers as a table: a row's tick, then its values."""
+    y, x = (f"{axis.label}, {axis.unit}" if axis.unit else axis.label for axis in (heat_map.y, heat_map.x))
+    digits = heat_map_digits(heat_map)
+    columns = (Column(f"{y} ↓ {x} →"), *(Column(tick, digits=digits) for tick in heat_map.x.ticks))
+    rows = tuple((tick, *row) for tick, row in zip(heat_map.y.ticks, heat_map.values, strict=True))
+    title = f"{heat_map.group}: {heat_map.title}" if heat_map.group else heat_map.title
+    title += f" ({heat_map.unit})" if heat_map.unit else ""
+    return Table(title, columns, rows, heat_map.note)
+
+
 def column_heading(column: Column) -> str:
     """A column's name with its unit: "prefill, s"."""
     return f"{column.name}, {column.unit}" if column.unit else column.name
@@ -262,47 +378,3 @@ def _text_table(table: Table) -> str:
 
     rule = "  " + "  ".join("─" * width for width in widths)
     return "\n".join([line(headings), rule, *(line(row) for row in cells)])
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no such number; what is not finite was not measured
-    return value
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    """`value` of plain JSON as `kind`: a dataclass, tuple, dict, union or plain type. Raises TypeError, ValueError."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise TypeError(f"{kind.__name__} is {value!r}, not an object")
-        hints = typing.get_type_hints(kind)
-        if unknown := sorted(set(value) - set(hints)):
-            raise TypeError(f"{kind.__name__} has no field {unknown[0]!r}")
-        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise TypeError(f"{value!r} is not a list")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_decode(arguments[0], item) for item in value)
-        return tuple(_decode(item_kind, item) for item_kind, item in zip(arguments, value, strict=True))
-    if origin is dict:
-        return {key: _decode(arguments[1], item) for key, item in value.items()}
-    if origin in (types.UnionType, typing.Union):
-        if isinstance(value, dict):
-            return _decode(Estimate, value)
-        for option in arguments:
-            if isinstance(option, type) and type(value) is option:
-                return value
-        return _decode(float, value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
-    return value

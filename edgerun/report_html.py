@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import pathlib
+from collections.abc import Sequence
 
-from edgerun import line_chart
+from edgerun import heat_map, line_chart, picture
 from edgerun.report import (
     Check,
+    HeatMap,
     Report,
     Step,
     Table,
@@ -33,19 +35,28 @@ th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);whit
 th{font-weight:600;color:var(--soft);font-size:13px;vertical-align:bottom;white-space:normal}.left{text-align:left}
 tbody tr:last-child td{border-bottom:0}.panel{border:1px solid var(--line);border-radius:10px;padding:4px 6px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:16px}
-.plots .panel{padding:10px}svg{display:block;width:100%;height:auto}
+.plots .panel,.picture{padding:10px}svg{display:block;width:100%;height:auto;margin:0 auto}
+.plots+.plots{margin-top:36px}.plots .panel{overflow-x:auto}.plots svg{min-width:340px;max-width:720px}
+.picture svg{min-width:760px}.picture+.picture{margin-top:16px}
+.group{font-size:15px;margin:24px 0 8px}.verdict{font-size:17px;font-weight:700;margin:14px 0 10px;max-width:75ch}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;
 margin:12px 0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}.good{color:var(--good);font-weight:600}
 .bad{color:var(--bad);font-weight:600}
 footer{margin-top:44px;border-top:1px solid var(--line);padding-top:12px;font-size:13px}
-@media print{.panel{break-inside:avoid}}
+@media(max-width:600px){main{padding:20px 12px 40px}.plots .panel{padding:4px 2px}}
+@media print{.panel{break-inside:avoid}.plots svg,.picture svg{min-width:0}}
 """
 
 
 def to_html(report: Report) -> str:
-    """The whole page. Facts come first, then plots, tables, checks and times; the command and the machine close it."""
+    """The whole page: verdict and facts, drawings, tables, checks and times; the command and the machine close it.
+
+    Raises ValueError for a plot without a point or a group of heat maps of several units.
+    """
     created = f"edgerun {report.edgerun_version} · {report.created_utc}"
     parts = [f"<h1>{_escape(report.title)}</h1><p class='soft'>{_escape(created)}</p>"]
+    if report.verdict:
+        parts.append(f"<p class='verdict'>{_escape(report.verdict)}</p>")
     if report.facts:
         items = "".join(
             f"<dt>{_escape(name)}</dt><dd>{_escape(format_cell(value))}</dd>" for name, value in report.facts
@@ -57,6 +68,11 @@ def to_html(report: Report) -> str:
         names = line_chart.names_of(report.plots)
         figures = "".join(f'<div class="panel">{line_chart.render(plot, names)}</div>' for plot in report.plots)
         parts.append(f'<h2>Plots</h2><div class="plots">{figures}</div>')
+    if report.heat_maps:
+        parts += ["<h2>Heat maps</h2>", *_heat_maps(report.heat_maps)]
+    if report.pictures:
+        drawn = (f'<div class="panel scroll picture">{picture.render(entry)}</div>' for entry in report.pictures)
+        parts += ["<h2>Pictures</h2>", *drawn]
     parts += [_table(table) for table in report.tables[1:]]
     if report.checks:
         parts.append("<h2>Checks</h2>" + _panel("".join(_check(check) for check in report.checks)))
@@ -81,6 +97,19 @@ def to_html(report: Report) -> str:
 def write_html(report: Report, path: pathlib.Path) -> None:
     """Write the page, whole or not at all. Raises OSError when the place cannot be written."""
     write_whole(path, to_html(report))
+
+
+def _heat_maps(heat_maps: Sequence[HeatMap]) -> list[str]:
+    """Maps side by side, those of a group under its name and on its scale."""
+    scales = heat_map.scales_of(heat_maps)
+    parts = []
+    for group in dict.fromkeys(entry.group for entry in heat_maps):
+        members = (entry for entry in heat_maps if entry.group == group)
+        drawn = "".join(f'<div class="panel">{heat_map.render(entry, scales.get(group))}</div>' for entry in members)
+        parts.append(
+            (f'<h3 class="group">{_escape(group)}</h3>' if group else "") + f'<div class="plots">{drawn}</div>'
+        )
+    return parts
 
 
 def _table(table: Table) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 # A skip for one of these is the machine's fault; in CI it is a failure. `make packages` installs them.
-DEBIAN_PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user", "openssh-server")
+DEBIAN_PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user", "openssh-server", "chromium")
 FIRST = "test_tiny.py"
 
 # A shared machine is slow at times: an example may take long, and is the same on every run.
