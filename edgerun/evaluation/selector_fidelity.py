@@ -9,6 +9,7 @@ prompt, the right answer is fed token by token, and the logits at the answer's p
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import pathlib
@@ -27,7 +28,7 @@ from edgerun.recipe import MICRO_BLOCK
 from edgerun.selectors import attention, registry
 from edgerun.selectors.attention import Engine
 from edgerun.selectors.estimates import exact_logits, exact_mass
-from edgerun.selectors.interface import BlockSelector, Call, everything
+from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, choose, everything
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.simple import Dense
 
@@ -82,25 +83,23 @@ class Probe(BlockSelector):
         # by (kind, selector, budget), then by layer: one entry a call
         self.found: dict[tuple[str, str, int], dict[int, list[Recall]]] = {}
 
-    def scores(self, call: Call) -> torch.Tensor:
-        raise NotImplementedError("a probe gives lists, not scores")
-
     def lists(self, call: Call) -> Lists:
         if not self.asks:
             return everything(call)
         mass = exact_mass(call)
         kind = PREFILL if call.query.shape[2] > 1 else DECODE
         for name, selector in self.selectors.items():
-            if kind == DECODE and isinstance(selector, BlockSelector) and selector.dense_decode:
+            if kind == DECODE and isinstance(selector, RankedSelector) and selector.dense_decode:
                 continue
+            memory, shared = (where.setdefault(name, {}) for where in (call.memory, call.shared))
+            mine = dataclasses.replace(call, memory=memory, shared=shared)
+            scores = selector.scores(mine) if isinstance(selector, RankedSelector) else None
             for budget in self.budgets:
-                options = dataclasses.replace(call.options, budget=budget)
-                memory, shared = (where.setdefault((name, budget), {}) for where in (call.memory, call.shared))
-                one = dataclasses.replace(call, options=options, memory=memory, shared=shared)
+                one = dataclasses.replace(mine, options=dataclasses.replace(call.options, budget=budget))
                 if isinstance(selector, PaperAttention):
                     result = token_recall(one, selector)
                 else:
-                    result = recall(selector.lists(one), one, mass)
+                    result = recall(selector.lists(one) if scores is None else choose(scores, one), one, mass)
                 if result is not None:
                     self.found.setdefault((kind, name, budget), {}).setdefault(call.layer, []).append(result)
         return everything(call)
@@ -156,8 +155,8 @@ def pairs(lists: Lists, call: Call) -> tuple[float, float]:
         causal += len(lists) * (rows * start + rows * (rows + 1) // 2)
         own = start // MICRO_BLOCK  # blocks before it are seen whole by every row
         for mine in lists:
-            before = sum(block < own for block in mine[group])
-            tail = [p for b in mine[group] if b >= own for p in range(b * MICRO_BLOCK, min(end, (b + 1) * MICRO_BLOCK))]
+            before = bisect.bisect_left(mine[group], own)
+            tail = [p for b in mine[group][before:] for p in range(b * MICRO_BLOCK, min(end, (b + 1) * MICRO_BLOCK))]
             attended += rows * before * MICRO_BLOCK + sum(min(rows, end - max(p, start)) for p in tail)
     return float(attended), float(causal)
 

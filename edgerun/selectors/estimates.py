@@ -13,7 +13,7 @@ import torch
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention import Lists
 from edgerun.recipe import MICRO_BLOCK
-from edgerun.selectors.interface import BlockSelector, Call, everything, fold, merge_ranks
+from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, everything, fold, merge_ranks
 
 
 def exact_logits(call: Call, group: int) -> torch.Tensor:
@@ -43,26 +43,21 @@ def exact_mass(call: Call) -> torch.Tensor:
     return found
 
 
-class Oracle(BlockSelector):
+class Oracle(RankedSelector):
     """The blocks with the most exact attention: no other list of as many blocks holds more."""
 
     def scores(self, call: Call) -> torch.Tensor:
         return exact_mass(call)
 
 
-class Threshold(BlockSelector):
-    """BLASST (arXiv 2512.12087): a block counts unless every row's largest logit in it is far below the running one.
+class Margin(RankedSelector):
+    """By how much a block's largest logit is below the running one, at the row and query head where that is least.
 
-    Running means over the blocks before it and itself, in order. The rule has no budget: `limit` (ln lambda, below 0)
-    decides, so its density is measured, not set. It needs every logit, and saves the softmax and the values alone.
-    Ours: blocks of 16 keys by a tile of queries, kept for a KV head when one of its query heads wants it.
+    Running means over the blocks before it and itself, in order: what BLASST (arXiv 2512.12087) compares with a limit.
     """
 
-    def __init__(self, limit: float | None = None) -> None:
-        self.limit = limit
-
     def scores(self, call: Call) -> torch.Tensor:
-        """The largest (block's logit - running maximum) of any row: 0 at most."""
+        """0 at most."""
         found = torch.full((call.query.shape[0], len(call.groups), call.blocks), -math.inf)
         for group in range(len(call.groups)):
             logits = exact_logits(call, group)
@@ -73,12 +68,21 @@ class Threshold(BlockSelector):
             found[:, group, :blocks] = margin.nan_to_num(-math.inf, neginf=-math.inf).amax(dim=(1, 2))
         return found
 
+
+class Threshold(BlockSelector):
+    """BLASST: a block counts unless every row's largest logit in it is `limit` (ln lambda) below the running one.
+
+    The rule has no budget, so its density is measured, not set. It needs every logit, and saves the softmax and the
+    values alone. Ours: blocks of 16 keys by a tile of queries, kept for a KV head when one of its query heads wants it.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
     def lists(self, call: Call) -> Lists:
-        if self.limit is None:  # ranked by the same margin, to hold it against the others at their budget
-            return super().lists(call)
         if call.options.budget == 0:
             return everything(call)
-        kept = (self.scores(call) >= self.limit) & call.candidates
+        kept = (Margin().scores(call) >= self.limit) & call.candidates
         return [
             [
                 [*range(sink), *kept[head, group].nonzero().flatten().tolist(), *range(local, end)]
@@ -88,7 +92,7 @@ class Threshold(BlockSelector):
         ]
 
 
-class VerticalSlash(BlockSelector):
+class VerticalSlash(RankedSelector):
     """MInference's vertical-slash (arXiv 2407.02490): a call's last queries tell which columns and diagonals count.
 
     Their exact attention is summed by key (verticals) and by distance (slashes); both kinds of blocks are taken in
@@ -123,7 +127,7 @@ class VerticalSlash(BlockSelector):
         return merge_ranks(vertical, diagonal.masked_fill(~allowed, -math.inf))
 
 
-class Antidiagonal(BlockSelector):
+class Antidiagonal(RankedSelector):
     """XAttention (arXiv 2503.16428): sums of logits along the antidiagonals of stride x stride squares stand for them.
 
     Each square's sum over `stride` products, divided by the stride, is taken as one logit; softmax over the squares of

@@ -122,16 +122,23 @@ class Call:
 
 
 class BlockSelector(abc.ABC):
-    """Ranks micro-blocks. dense_decode: its authors have no rule for single tokens, which then attend everything."""
+    """Chooses micro-blocks. dense_decode: its authors have no rule for single tokens, which then attend everything."""
 
     dense_decode = False
+
+    @abc.abstractmethod
+    def lists(self, call: Call) -> Lists:
+        """The micro-blocks that each KV head and group attends, ascending."""
+
+
+class RankedSelector(BlockSelector):
+    """Ranks micro-blocks; the best of the candidates fill the budget."""
 
     @abc.abstractmethod
     def scores(self, call: Call) -> torch.Tensor:
         """[Hkv, groups, blocks]: higher is better; only `call.candidates` are looked at."""
 
     def lists(self, call: Call) -> Lists:
-        """The micro-blocks that each KV head and group attends, within the budget."""
         if call.options.budget == 0 or (self.dense_decode and call.query.shape[2] == 1):
             return everything(call)
         return choose(self.scores(call), call)

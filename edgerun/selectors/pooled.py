@@ -19,7 +19,7 @@ from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention import Lists, native_lists
 from edgerun.ops.dhsa_attention_types import BOUNDARY_WINDOW
 from edgerun.recipe import BOUNDARY_REACH, MAX_CHUNK, MICRO_BLOCK
-from edgerun.selectors.interface import BlockSelector, Call, fold, merge_ranks
+from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, fold, merge_ranks
 
 Pool = Literal["mean", "sqrt", "centred", "minmax", "moments"]
 Cuts = Literal["shipped", "fixed", "gaps"]
@@ -30,16 +30,13 @@ BoundaryLogits = Callable[[torch.Tensor], torch.Tensor]
 class Shipped(BlockSelector):
     """The lists of the native op itself, with the options of the layer."""
 
-    def scores(self, call: Call) -> torch.Tensor:
-        raise NotImplementedError("the op gives lists, not scores")
-
     def lists(self, call: Call) -> Lists:
         query = call.query.flatten(0, 1)[None]
         return native_lists(query, call.state, call.input_pos, call.options, threads=torch.get_num_threads())
 
 
 @dataclasses.dataclass(frozen=True)
-class Pooled(BlockSelector):
+class Pooled(RankedSelector):
     """Chunks scored by pooled queries against pooled keys.
 
     cuts: where chunks begin besides every 64 tokens: shipped (what the model's rule found: cosine), fixed (every

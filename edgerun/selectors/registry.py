@@ -14,7 +14,7 @@ from edgerun.ops.dhsa_attention_reference import gap_scores
 from edgerun.ops.dhsa_attention_types import BOUNDARY_WINDOW
 from edgerun.recipe import DhsaOptions
 from edgerun.selectors.attention import Engine
-from edgerun.selectors.estimates import Antidiagonal, Oracle, Threshold, VerticalSlash
+from edgerun.selectors.estimates import Antidiagonal, Margin, Oracle, Threshold, VerticalSlash
 from edgerun.selectors.interface import BlockSelector
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.pooled import BoundaryLogits, Pooled, Shipped
@@ -124,7 +124,7 @@ SELECTORS: dict[str, Entry] = {
     ),
     "blasst": Entry(
         "BLASST: blocks far below the running maximum are skipped; every logit is computed",
-        lambda s: Threshold(s.value),
+        lambda s: Margin() if s.value is None else Threshold(s.value),
         takes_value="limit below 0, no budget then; without it the best margins fill the budget",
     ),
     "oracle": Entry("exact attention mass: the best that a list can do", lambda s: Oracle()),

@@ -7,20 +7,17 @@ import random
 import torch
 
 from edgerun.ops.dhsa_attention import Lists
-from edgerun.selectors.interface import BlockSelector, Call, everything
+from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, everything
 
 
 class Dense(BlockSelector):
     """Everything, whatever the budget."""
 
-    def scores(self, call: Call) -> torch.Tensor:
-        return torch.zeros(call.query.shape[0], len(call.groups), call.blocks)
-
     def lists(self, call: Call) -> Lists:
         return everything(call)
 
 
-class Recent(BlockSelector):
+class Recent(RankedSelector):
     """Window and sink (StreamingLLM, arXiv 2309.17453): the most recent blocks."""
 
     def scores(self, call: Call) -> torch.Tensor:
@@ -28,7 +25,7 @@ class Recent(BlockSelector):
         return recent.expand(call.query.shape[0], len(call.groups), -1)
 
 
-class Shuffled(BlockSelector):
+class Shuffled(RankedSelector):
     """The ranking of another selector, shuffled among the candidates of each list: what chance alone reaches."""
 
     def __init__(self, seed: int = 0) -> None:

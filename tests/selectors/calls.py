@@ -21,8 +21,10 @@ def make_call(
     loud: bool = False,
     rotation: Rotation | None = None,
 ) -> Call:
-    """A call of `tokens` rows behind `input_pos` stored tokens; loud: keys in runs of about 40 that resemble each other,
-    and queries that look for a few of them."""
+    """A call of `tokens` rows behind `input_pos` stored tokens.
+
+    loud: keys in runs of 40 that resemble each other, and queries that look for a few of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     options = AttentionOptions(
         scale=HEAD_DIM**-0.5, budget=budget, tile=tile, sink=16, finds_boundaries=True, pooling=pooling

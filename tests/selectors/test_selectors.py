@@ -23,7 +23,7 @@ from edgerun.ops.dhsa_attention import (
 from edgerun.ops.dhsa_attention_paper import PaperOptions, paper_attention
 from edgerun.recipe import MICRO_BLOCK, DhsaOptions
 from edgerun.selectors import registry
-from edgerun.selectors.estimates import Antidiagonal, Oracle, Threshold, VerticalSlash, exact_mass
+from edgerun.selectors.estimates import Antidiagonal, Margin, Oracle, Threshold, VerticalSlash, exact_mass
 from edgerun.selectors.interface import BlockSelector, Call, Rotation, choose, merge_ranks
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.pooled import Pooled, edges_above, summaries
@@ -181,7 +181,7 @@ def test_antidiagonal_sums_worked_out_by_loops() -> None:
 
 def test_threshold_margins_worked_out_by_loops() -> None:
     call = make_call(20, input_pos=60, tile=16)
-    found = Threshold().scores(call)
+    found = Margin().scores(call)
     for head in range(KV_HEADS):
         for index, (first, last) in enumerate(call.groups):
             wanted = [-math.inf] * call.blocks
@@ -199,7 +199,7 @@ def test_threshold_margins_worked_out_by_loops() -> None:
 
 def test_a_threshold_keeps_what_is_near_the_running_maximum() -> None:
     call = make_call(64, input_pos=448, loud=True)
-    margins = Threshold().scores(call)
+    margins = Margin().scores(call)
     for limit in (-0.5, -3.0):
         (blocks,) = Threshold(limit).lists(call)[0]
         ((sink, local, end),) = call.ranges
