@@ -8,6 +8,12 @@ examples
   edgerun eval text.edgerun ruler --tasks niah_single_1,niah_multikey_2 --lengths 4096,8192 --samples 100
   edgerun eval sparse.edgerun needle --against dense.edgerun --lengths 8192 --samples 20
   edgerun eval zoo:text ruler --budgets 529,1098,2048 --selectors chunk,block-topk,window-sink --output answers.jsonl
+  edgerun eval zoo:text selectors --budgets 529,2048 --lengths 8192 --html selectors.html --output measured.jsonl
+
+`selectors` holds every way of choosing blocks against dense attention: the attention that its blocks hold, of the best
+blocks' (prefill and decode), and the KL at the answer. --selectors takes names of edgerun/selectors/registry.py, and
+PREFILL/DECODE for a mixture; ruler and the others take them too. Those that are not chunk, block-topk or window-sink
+run in torch around the same kernel: their answers count, not their times.
 """
 
 from __future__ import annotations
@@ -50,7 +56,7 @@ Answers = dict[tuple[str, Job], Answer]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `edgerun eval`."""
     parser.add_argument("model", metavar="MODEL", help="a bundle, a checkpoint's folder, or zoo:text")
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=(*SUITES, "selectors"))
     what = parser.add_argument_group("what is asked")
     what.add_argument(
         "--tasks", type=_names, metavar="A,B", help="default: all of the suite; needle: its depths, as depth_50"
@@ -92,6 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun eval`."""
+    if arguments.suite == "selectors":
+        from edgerun.commands import eval_selectors
+
+        return eval_selectors.run(arguments, tools)
     contenders, checks = _contenders(arguments)
     report = evaluate(
         contenders,
