@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import pathlib
 import re
 from collections.abc import Sequence
@@ -257,15 +258,29 @@ def budget_contenders(
     return contenders
 
 
-def eager_contender(name: str, checkpoint: pathlib.Path, recipe: Recipe, selector: str | None = None) -> Contender:
-    """An eager contender with its identity. Raises CheckpointError or ExportError when it cannot be served."""
+def eager_contender(
+    name: str,
+    checkpoint: pathlib.Path,
+    recipe: Recipe,
+    selector: str | None = None,
+    predictor: pathlib.Path | None = None,
+) -> Contender:
+    """An eager contender with its identity; predictor: a calibration file, which only counts where it is needed.
+
+    Raises CheckpointError or ExportError when it cannot be served.
+    """
     from edgerun.checkpoint import Checkpoint
     from edgerun.models.causal_lm import resolve
+    from edgerun.selectors.registry import needs_predictor
 
     opened = Checkpoint.open(checkpoint)
     resolved = resolve(opened.config, recipe)
-    build = resolved.hash(opened.sha256())
-    return Contender(name, checkpoint, resolved, build if selector is None else f"{build} {selector}", selector)
+    parts = [resolved.hash(opened.sha256())]
+    if selector is not None:
+        parts.append(selector)
+        if predictor is not None and needs_predictor(selector):
+            parts.append(hashlib.sha256(predictor.read_bytes()).hexdigest()[:16])
+    return Contender(name, checkpoint, resolved, " ".join(parts), selector, predictor)
 
 
 def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[Check, ...]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -33,6 +34,7 @@ from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.simple import Dense
 
 PREFILL, DECODE, DIVERGENCE = "prefill", "decode", "divergence"
+_DIVERGENCES = 6  # of one task
 _DECODE_POSITIONS = 8  # of an answer, at which lists are asked for
 
 Recall = tuple[list[float], list[float], float, float]  # held, best by KV head; attended, causal pairs
@@ -229,6 +231,13 @@ class Task:
     budgets: tuple[int, ...]
 
 
+def build_of(contender: Contender, selector: str) -> str:
+    """The identity of a measurement: the contender's, and its predictor's where the selector is made from it."""
+    if contender.predictor is None or not registry.needs_predictor(selector):
+        return contender.build
+    return f"{contender.build} {hashlib.sha256(contender.predictor.read_bytes()).hexdigest()[:16]}"
+
+
 def measure(task: Task) -> list[Measurement]:
     """Do a task. Raises EdgerunError for a selector or a budget that cannot be."""
     answerer, dense = _models(task)
@@ -261,7 +270,7 @@ def _recalls(task: Task, answerer: EagerAnswerer, ids: list[int], forced: list[i
         density = sum(one[2] for one in everyone) / sum(one[3] for one in everyone)
         held = tuple(_means([one[0] for one in calls]) for calls in layers.values())
         best = tuple(_means([one[1] for one in calls]) for calls in layers.values())
-        found.append(Measurement(contender.build, kind, name, budget, task.job, density, held, best))
+        found.append(Measurement(build_of(contender, name), kind, name, budget, task.job, density, held, best))
     return found
 
 
@@ -287,7 +296,7 @@ def _divergences(
                 logits = fidelity.eager_logits(answerer.model, ids, forced, len(ids))
             found = fidelity.measure(logits, reference[task.job])
             yield Measurement(
-                task.contender.build,
+                build_of(task.contender, name),
                 DIVERGENCE,
                 name,
                 budget,
@@ -344,14 +353,18 @@ def measure_all(
     for job in jobs:
         fitting = [budget for budget in budgets if budget < job.length]
         for kind, names in ((PREFILL, [n for n in selectors if "/" not in n]), (DIVERGENCE, list(selectors))):
-            keys = {(n, b): (contender.build, kind, n, b, job) for n in names for b in fitting}
+            keys = {(n, b): (build_of(contender, n), kind, n, b, job) for n in names for b in fitting}
             wanted += keys.values()
             if kind == PREFILL:  # a task gives both kinds of recall
-                wanted += [(contender.build, DECODE, n, b, job) for n in names for b in fitting]
+                wanted += [(build_of(contender, n), DECODE, n, b, job) for n in names for b in fitting]
             for budget in fitting:
-                lacking = tuple(n for n in names if keys[n, budget] not in known)
-                if lacking:
-                    missing.append(Task(contender, job, kind, lacking, (budget,)))
+                lacking = [n for n in names if keys[n, budget] not in known]
+                # Recall shares one dense pass; a divergence is a pass of its own, so a stop should lose few of them.
+                size = _DIVERGENCES if kind == DIVERGENCE else max(1, len(lacking))
+                missing += [
+                    Task(contender, job, kind, tuple(lacking[i : i + size]), (budget,))
+                    for i in range(0, len(lacking), size)
+                ]
     missing = _merged(missing)
     done = len([key for key in wanted if key in known])
     for found in run_tasks(measure, missing, processes):

@@ -175,6 +175,11 @@ def make(name: str, dhsa: DhsaOptions, predictor: BoundaryLogits | pathlib.Path 
     return Engine(made[0], made[-1])
 
 
+def needs_predictor(name: str) -> bool:
+    """Whether a selector is made from a trained boundary predictor. Raises EdgerunError for an unknown one."""
+    return name not in OP_SELECTORS and any(parse(part)[0].needs_predictor for part in split(name))
+
+
 def split(name: str) -> list[str]:
     """PREFILL or PREFILL/DECODE. Raises EdgerunError for more parts, or an unknown one."""
     parts = name.split("/")
