@@ -110,6 +110,8 @@ SHARES = {
     "grouped": (0.02, 0.0),
 }
 PLAIN_TEXT_SHARE = (0.18, 0.08)
+# Those that the shipped model was trained on: a longer list would draw other samples from the same seed.
+THREADS_TASKS = ("single", "multiple", "conditional", "thread_forward", "thread_backward", "thread_random")
 
 
 class Samples:
@@ -144,7 +146,7 @@ class Samples:
             questions = min(questions, 2 * task.keys)
             return needle.niah_document(task, length, rng, questions=questions, filler=filler, make_token=varied_token)
         if kind == "threads":
-            task = rng.choice(threads.TASKS)
+            task = rng.choice(THREADS_TASKS)
             hops = rng.randint(1, 4)
             groups = max(1, min(questions // 2, length // (220 * hops)))
             return threads.generate_document(
