@@ -2,6 +2,8 @@
 
 A job names a sample by what decides it, so that workers make their own. A contender is a model with a recipe (eager:
 our torch model with the native op) or a bundle. Answers go to a JSONL file as they come; the same call resumes there.
+In the suite multi-turn a second question follows the model's own answer; in perplexity nothing is asked, and what
+held-out text costs is kept in the answer's place.
 """
 
 from __future__ import annotations
@@ -15,35 +17,47 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import fidelity, needle, ruler, threads
-from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
+from edgerun.evaluation import fidelity, multi_turn, needle, perplexity, ruler, threads
+from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes, share_found
 from edgerun.library_noise import quiet_libraries
+from edgerun.machine import available_cores
 from edgerun.recipe import Recipe
 
-SUITES = ("needle", "ruler", "threads")
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import tokenizers
+
+    from edgerun.sessions.text import TextStats
+
+SUITES = ("needle", "ruler", "threads", "multi-turn", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One sample: a task of a suite ("depth_50" in needle), a length in tokens, a seed and an index."""
+    """One sample: a task of a suite ("depth_50" in needle), a length in tokens, a seed and an index.
+
+    files: where perplexity's text lies; the task holds its hash, so that they are no part of what the job is.
+    """
 
     suite: str
     task: str
     length: int
     seed: int
     index: int
+    files: tuple[pathlib.Path, ...] = dataclasses.field(default=(), compare=False)
 
     def sample(self, count_tokens: TokenCounter = count_utf8_bytes) -> Sample:
-        """Make the sample. Raises EdgerunError for an unknown task or a length too short for it."""
+        """Make the sample; perplexity has none. Raises EdgerunError for an unknown task or a length too short."""
         try:
             if self.suite == "needle":
                 depth = float(self.task.removeprefix("depth_"))
                 return needle.generate(self.length, depth, self.seed, self.index, count_tokens=count_tokens)
-            make = {"ruler": ruler.generate, "threads": threads.generate}[self.suite]
-            return make(self.task, self.length, self.seed, self.index, count_tokens=count_tokens)
+            make = {"ruler": ruler.generate, "threads": threads.generate, "multi-turn": multi_turn.generate}
+            return make[self.suite](self.task, self.length, self.seed, self.index, count_tokens=count_tokens)
         except ValueError as error:
             raise EdgerunError(str(error)) from error
 
@@ -59,8 +73,21 @@ class Contender:
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstTurn:
+    """What came of the first of two questions; the answer itself is the second's."""
+
+    score: float
+    expected: tuple[str, ...]
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
-    """One contender's answer. score: fraction of the expected strings found; density: attended of causal pairs."""
+    """One contender's answer. score: fraction of the expected strings found; density: attended of causal pairs.
+
+    With two questions they are the second's, and prefill_s is that of the document with the first. loss: of perplexity,
+    where no string is expected and the score is 0. Records of before these two had a place hold neither.
+    """
 
     build: str
     job: Job
@@ -71,15 +98,26 @@ class Answer:
     prefill_s: float
     decode_s: float
     density: float | None
+    first_turn: FirstTurn | None = None
+    loss: perplexity.Loss | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A line of the JSONL file."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        del values["job"]["files"]
+        return {name: value for name, value in values.items() if value is not None or name == "density"}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Answer:
         """The answer that a line holds."""
-        return Answer(**{**values, "job": Job(**values["job"]), "expected": tuple(values["expected"])})
+        first, loss = values.get("first_turn"), values.get("loss")
+        changed = {
+            "job": Job(**values["job"]),
+            "expected": tuple(values["expected"]),
+            "first_turn": first and FirstTurn(**{**first, "expected": tuple(first["expected"])}),
+            "loss": loss and perplexity.Loss(**loss),
+        }
+        return Answer(**{**values, **changed})
 
 
 class _Answerer(Protocol):
@@ -98,7 +136,7 @@ class EagerAnswerer:
         assert contender.recipe is not None
         self._build = contender.build
         checkpoint = Checkpoint.open(contender.path)
-        self._slice = contender.recipe.prefill_slice
+        self._slice, self._tile = contender.recipe.prefill_slice, contender.recipe.dhsa.tile
         self._model = causal_lm.load(checkpoint, contender.recipe)
         self._tokenizer = tokenizers.Tokenizer.from_file(str(contender.path / "tokenizer.json"))
         self._ends = end_tokens(checkpoint.config, checkpoint.generation)
@@ -107,27 +145,35 @@ class EagerAnswerer:
         """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
         from edgerun.ops.dhsa_attention import count_attention
 
-        sample = job.sample(self.count_tokens)
-        ids = self._tokenizer.encode(sample.prompt).ids
-        _require_room(len(ids) + sample.max_new_tokens, self._model.max_context)
         with count_attention() as counters:
-            run = fidelity.greedy(
-                self._model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
-            )
-        return _scored(
-            self._build,
-            job,
-            sample,
-            self._tokenizer.decode(list(run.tokens)),
-            prompt_tokens=len(ids),
-            prefill_s=run.prefill_s,
-            decode_s=run.decode_s,
-            density=counters.density,
-        )
+            if job.suite == "perplexity":
+                answer = _predicted(self._build, job, self._tokenizer, self._model.max_context, self._forward)
+            else:
+                answer = self._ask(job)
+        return dataclasses.replace(answer, density=counters.density)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of `text` without special ones."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def _ask(self, job: Job) -> Answer:
+        sample, ids = _prompt(job, self._tokenizer, self._model.max_context)
+        run = fidelity.greedy(
+            self._model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
+        )
+        outputs, decode_s = [self._tokenizer.decode(list(run.tokens))], run.decode_s
+        if sample.follow_up is not None:
+            second = fidelity.greedy(
+                self._model,
+                [run.tokens[-1], *_bare_ids(self._tokenizer, sample.follow_up.text)],
+                max_new_tokens=sample.follow_up.max_new_tokens,
+                ends=self._ends,
+                prefill_slice=self._slice,
+                position=len(ids) + len(run.tokens) - 1,
+                tile=self._tile,
+            )
+            outputs.append(self._tokenizer.decode(list(second.tokens)))
+            decode_s += second.prefill_s + second.decode_s
+        return _scored(self._build, job, sample, outputs, len(ids), run.prefill_s, decode_s)
+
+    def _forward(self, ids: Sequence[int], position: int) -> npt.NDArray[np.float32]:
+        return fidelity.append(self._model, ids, position, self._slice)
 
 
 class BundleAnswerer:
@@ -142,25 +188,43 @@ class BundleAnswerer:
         self._context = int(bundle.manifest["context"]["max_context"])
         self._tokenizer = bundle.tokenizer()
         self._session = TextSession(contender.path, threads=1)
+        self._attended = self._causal = 0  # pairs of the job at hand
 
     def answer(self, job: Job) -> Answer:
         """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
-        sample = job.sample(lambda text: len(self._tokenizer.encode(text, add_special_tokens=False).ids))
-        ids = self._tokenizer.encode(sample.prompt).ids
-        _require_room(len(ids) + sample.max_new_tokens, self._context)
+        self._attended = self._causal = 0
         self._session.reset()
+        if job.suite == "perplexity":
+            answer = _predicted(self._build, job, self._tokenizer, self._context, self._forward)
+        else:
+            answer = self._ask(job)
+        return dataclasses.replace(answer, density=self._attended / self._causal if self._causal else None)
+
+    def _ask(self, job: Job) -> Answer:
+        sample, ids = _prompt(job, self._tokenizer, self._context)
         generation = self._session.generate(ids, max_new_tokens=sample.max_new_tokens)
-        stats = generation.stats
-        return _scored(
-            self._build,
-            job,
-            sample,
-            generation.text,
-            prompt_tokens=len(ids),
-            prefill_s=(stats.prompt_eval_end_ms - stats.inference_start_ms) / 1e3,
-            decode_s=(stats.inference_end_ms - stats.prompt_eval_end_ms) / 1e3,
-            density=stats.attended_pairs / stats.causal_pairs if stats.causal_pairs else None,
-        )
+        stats = self._counted(generation.stats)
+        outputs = [generation.text]
+        prefill_s = (stats.prompt_eval_end_ms - stats.inference_start_ms) / 1e3
+        decode_s = (stats.inference_end_ms - stats.prompt_eval_end_ms) / 1e3
+        if sample.follow_up is not None:
+            second = self._session.generate(
+                _bare_ids(self._tokenizer, sample.follow_up.text), max_new_tokens=sample.follow_up.max_new_tokens
+            )
+            stats = self._counted(second.stats)
+            outputs.append(second.text)
+            decode_s += (stats.inference_end_ms - stats.inference_start_ms) / 1e3
+        return _scored(self._build, job, sample, outputs, len(ids), prefill_s, decode_s)
+
+    def _forward(self, ids: Sequence[int], position: int) -> npt.NDArray[np.float32]:
+        logits = self._session.forward(ids, position)
+        self._counted(self._session.stats)
+        return logits
+
+    def _counted(self, stats: TextStats) -> TextStats:
+        self._attended += stats.attended_pairs
+        self._causal += stats.causal_pairs
+        return stats
 
 
 def end_tokens(config: Any, generation: dict[str, Any]) -> frozenset[int]:
@@ -173,20 +237,21 @@ def answer_all(
     contenders: Sequence[Contender],
     jobs: Sequence[Job],
     *,
-    processes: int,
+    processes: int | None = None,
     record: pathlib.Path | None = None,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, Job], Answer]:
     """Every contender's answer to every job, by (build, job).
 
     record: JSONL that is read first and appended to. on_answer: told (done, all) as answers come. One process works
-    here; more are started with one torch thread each. Raises EdgerunError for a damaged record or a failed job.
+    here; more are started with one torch thread each, by default one a core. Raises
+    EdgerunError for a damaged record or a failed job.
     """
     answers = read_record(record) if record is not None else {}
     wanted = [(contender, job) for contender in contenders for job in jobs]
     missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
     done = len(wanted) - len(missing)
-    for answer in _work(missing, processes):
+    for answer in _work(missing, processes or available_cores()):
         if record is not None:
             with record.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(answer.to_json()) + "\n")
@@ -223,7 +288,7 @@ def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[An
         yield from (_answer(task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _start_process) as pool:
         try:
             yield from (
                 future.result() for future in concurrent.futures.as_completed([pool.submit(_answer, t) for t in tasks])
@@ -233,8 +298,13 @@ def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[An
             raise
 
 
-def _start_worker() -> None:
+def _start_process() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    start_worker()
+
+
+def start_worker() -> None:
+    """Make this process a worker among others: quiet, and with one torch thread."""
     quiet_libraries()
     import torch
 
@@ -250,7 +320,11 @@ def _end_with_parent() -> None:
 
 
 def _answer(task: tuple[Contender, Job]) -> Answer:
-    contender, job = task
+    return answer_one(*task)
+
+
+def answer_one(contender: Contender, job: Job) -> Answer:
+    """One contender's answer to one job, in this process, which keeps the contender loaded until another answers."""
     return _answerer(contender).answer(job)
 
 
@@ -265,5 +339,50 @@ def _require_room(tokens: int, max_context: int) -> None:
         raise EdgerunError(f"prompt and answer need {tokens} tokens, the context holds {max_context}: lower --lengths")
 
 
-def _scored(build: str, job: Job, sample: Sample, output: str, **measured: Any) -> Answer:
-    return Answer(build, job, ruler.score(sample, output), sample.answers, output, **measured)
+def _bare_ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _prompt(job: Job, tokenizer: tokenizers.Tokenizer, max_context: int) -> tuple[Sample, list[int]]:
+    """The job's sample and its first prompt's tokens. Raises EdgerunError when the context cannot hold all of it."""
+    sample = job.sample(lambda text: len(_bare_ids(tokenizer, text)))
+    ids: list[int] = tokenizer.encode(sample.prompt).ids
+    more = sample.follow_up
+    later = 0 if more is None else len(_bare_ids(tokenizer, more.text)) + more.max_new_tokens
+    _require_room(len(ids) + sample.max_new_tokens + later, max_context)
+    return sample, ids
+
+
+def _scored(
+    build: str,
+    job: Job,
+    sample: Sample,
+    outputs: Sequence[str],
+    prompt_tokens: int,
+    prefill_s: float,
+    decode_s: float,
+) -> Answer:
+    """The last output with its score, and the first beside it where there are two; the density is added later."""
+    score = share_found(sample.answers, outputs[0])
+    if sample.follow_up is None:
+        return Answer(build, job, score, sample.answers, outputs[0], prompt_tokens, prefill_s, decode_s, None)
+    first, expected = FirstTurn(score, sample.answers, outputs[0]), sample.follow_up.answers
+    score = share_found(expected, outputs[1])
+    return Answer(build, job, score, expected, outputs[1], prompt_tokens, prefill_s, decode_s, None, first)
+
+
+def _predicted(
+    build: str,
+    job: Job,
+    tokenizer: tokenizers.Tokenizer,
+    max_context: int,
+    forward: Callable[[Sequence[int], int], npt.NDArray[np.float32]],
+) -> Answer:
+    """What the window's last tokens cost, in an answer; the density is added later."""
+    _require_room(job.length, max_context)
+    text = perplexity.tokenized(job.files, job.task, tokenizer)
+    window = text.window(perplexity.parse_task(job.task), job.length, job.seed, job.index)
+    found = perplexity.measure(window, forward)
+    tokens = len(window.prompt)
+    return Answer(build, job, 0.0, (), "", tokens, found.prefill_s, found.decode_s, None, loss=found.loss)
