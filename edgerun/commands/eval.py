@@ -16,7 +16,7 @@ examples
   edgerun eval text.edgerun ruler --tasks niah_single_1,niah_multikey_2 --lengths 4096,8192 --samples 100
   edgerun eval sparse.edgerun needle --against dense.edgerun --lengths 8192 --samples 20
   edgerun eval zoo:text perplexity --lengths 2048,8192 --budgets 1098,2048
-  edgerun eval llama/ multi-turn --against dense --output answers.jsonl
+  edgerun eval llama/ multi-turn --against dense --ray 10.0.0.5:6379 --output answers.jsonl
   edgerun eval zoo:text ruler --budgets 529,1098,2048 --selectors chunk,block-topk,window-sink --output answers.jsonl
 """
 
@@ -107,7 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=positive,
         metavar="N",
-        help=f"default: one a core ({available_cores()})",
+        help=f"default: one a core ({available_cores()}), or a CPU with --ray",
+    )
+    who.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="answer on a Ray cluster (HOST:PORT; auto: the one of this machine; local: a new one). Its machines need "
+        "edgerun, and the model and --text under the same paths",
     )
     parser.add_argument(
         "-o", "--output", type=pathlib.Path, metavar="FILE.jsonl", help="keep every answer; go on from there"
@@ -123,6 +129,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         contenders,
         _jobs(arguments),
         processes=arguments.processes,
+        ray=arguments.ray,
         record=arguments.output,
         command=tools.command,
     )
@@ -179,6 +186,7 @@ def evaluate(
     jobs: Sequence[Job],
     *,
     processes: int | None = None,
+    ray: str | None = None,
     record: pathlib.Path | None = None,
     command: str = "",
 ) -> Report:
@@ -193,7 +201,7 @@ def evaluate(
         def on_answer(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
-        answers = answer_all(contenders, jobs, processes=processes, record=record, on_answer=on_answer)
+        answers = answer_all(contenders, jobs, processes=processes, ray=ray, record=record, on_answer=on_answer)
     report = begin_report("eval", f"edgerun eval: {jobs[0].suite}, {len(jobs)} samples", command)
     facts = tuple((f"build of {c.name}", c.build) for c in contenders)
     shown = eval_tables.tables(answers, contenders, jobs)

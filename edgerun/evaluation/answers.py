@@ -238,20 +238,21 @@ def answer_all(
     jobs: Sequence[Job],
     *,
     processes: int | None = None,
+    ray: str | None = None,
     record: pathlib.Path | None = None,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, Job], Answer]:
     """Every contender's answer to every job, by (build, job).
 
     record: JSONL that is read first and appended to. on_answer: told (done, all) as answers come. One process works
-    here; more are started with one torch thread each, by default one a core. Raises
-    EdgerunError for a damaged record or a failed job.
+    here; more are started with one torch thread each, by default one a core. ray: the address of a Ray cluster that
+    answers instead, by default with one worker a CPU of it. Raises EdgerunError for a damaged record or a failed job.
     """
     answers = read_record(record) if record is not None else {}
     wanted = [(contender, job) for contender in contenders for job in jobs]
     missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
     done = len(wanted) - len(missing)
-    for answer in _work(missing, processes or available_cores()):
+    for answer in _work(missing, processes or available_cores()) if ray is None else _over_ray(missing, ray, processes):
         if record is not None:
             with record.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(answer.to_json()) + "\n")
@@ -296,6 +297,12 @@ def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[An
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _over_ray(tasks: Sequence[tuple[Contender, Job]], address: str, processes: int | None) -> Iterable[Answer]:
+    from edgerun.evaluation import ray_workers  # it imports this module
+
+    return ray_workers.work(tasks, address, processes)
 
 
 def _start_process() -> None:
