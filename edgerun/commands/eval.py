@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray",
         metavar="ADDRESS",
         help="answer on a Ray cluster (HOST:PORT; auto: the one of this machine; local: a new one). Its machines need "
-        "edgerun, and the model and --text under the same paths",
+        "edgerun, and the model and --text under the same paths; where it asks for a token, set RAY_AUTH_MODE=token",
     )
     parser.add_argument(
         "-o", "--output", type=pathlib.Path, metavar="FILE.jsonl", help="keep every answer; go on from there"

@@ -1,7 +1,8 @@
 """Answer evaluation jobs on a Ray cluster: the same jobs and answers as in processes here, over many machines.
 
 Ray places and moves what is computed; ours is only one actor a worker, which keeps one contender loaded and takes the
-next job when it is done. Every machine needs edgerun, Ray in the same version, and the model under the same path.
+next job when it is done. Every machine needs edgerun, Ray in the same version, and the model under the same path. A
+cluster that asks for a token takes it as Ray's own documentation says, from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def _cluster(address: str, processes: int | None) -> Iterator[tuple[Any, int]]:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise EdgerunError(f"no Ray cluster at {address!r} ({reason}): start one, or pass --ray local") from error
+        raise EdgerunError(
+            f"no Ray cluster at {address!r} ({reason}): start one, set RAY_AUTH_MODE=token and its token where it asks "
+            "for one, or pass --ray local"
+        ) from error
     try:
         yield ray, int(ray.cluster_resources().get("CPU", 1))
     finally:
