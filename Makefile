@@ -42,7 +42,7 @@ $(STAMPS)/requirements: $(STAMPS)/python pyproject.toml
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/requirements $(NATIVE)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[export,video,test,lint]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[export,video,ray,test,lint]"
 	@touch $@
 
 packages: $(STAMPS)/packages  ## what the emulated device and some tests need from Debian

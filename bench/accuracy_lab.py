@@ -45,7 +45,8 @@ from edgerun.commands import eval_selectors
 from edgerun.commands.common import checkpoint_path
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import selector_fidelity
-from edgerun.evaluation.answers import EagerAnswerer, Job, answer_all, read_record
+from edgerun.evaluation.answerers import EagerAnswerer
+from edgerun.evaluation.answers import Job, answer_all, read_record
 from edgerun.library_noise import quiet_libraries
 from edgerun.machine import available_cores
 from edgerun.report import Report, write_json

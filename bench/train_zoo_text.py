@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
@@ -21,7 +20,6 @@ import random
 import signal
 import string
 import sys
-import sysconfig
 import time
 
 import torch
@@ -30,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from edgerun.evaluation import needle, ruler, threads
+from edgerun.evaluation.held_out_text import is_held_out, library_sources
 from edgerun.evaluation.sample import TRAINING_SPLIT, Document, Question, seeded_random
 
 BOS, EOS = 256, 257
@@ -43,17 +42,9 @@ FIRST_BYTE, ANSWER, RESTATED, TEXT, QUESTION, HAYSTACK = 4.0, 1.0, 0.5, 0.3, 0.0
 
 
 def text_files() -> list[pathlib.Path]:
-    """Standard library sources and licence texts of this machine, sorted."""
-    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
-    sources = [p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts)]
+    """Standard library sources and licence texts of this machine, each sorted."""
     licences = [p for p in pathlib.Path("/usr/share/common-licenses").glob("*") if p.is_file() and not p.is_symlink()]
-    return sorted(sources) + sorted(licences)
-
-
-def is_held_out(path: pathlib.Path) -> bool:
-    """One file in twenty, by the hash of its last two path parts: the same split wherever Python lives."""
-    return hashlib.sha256("/".join(path.parts[-2:]).encode()).digest()[0] % 20 == 0
+    return library_sources() + sorted(licences)
 
 
 def read_split(held_out: bool) -> list[bytes]:
@@ -110,6 +101,8 @@ SHARES = {
     "grouped": (0.02, 0.0),
 }
 PLAIN_TEXT_SHARE = (0.18, 0.08)
+# Those that the shipped model was trained on: a longer list would draw other samples from the same seed.
+THREADS_TASKS = ("single", "multiple", "conditional", "thread_forward", "thread_backward", "thread_random")
 
 
 class Samples:
@@ -144,7 +137,7 @@ class Samples:
             questions = min(questions, 2 * task.keys)
             return needle.niah_document(task, length, rng, questions=questions, filler=filler, make_token=varied_token)
         if kind == "threads":
-            task = rng.choice(threads.TASKS)
+            task = rng.choice(THREADS_TASKS)
             hops = rng.randint(1, 4)
             groups = max(1, min(questions // 2, length // (220 * hops)))
             return threads.generate_document(

@@ -30,7 +30,7 @@ from bench.workloads.first_token import find_checkpoint
 from edgerun.checkpoint import Checkpoint
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity, ruler
-from edgerun.evaluation.answers import end_tokens
+from edgerun.evaluation.answerers import end_tokens
 from edgerun.evaluation.statistics import paired_difference
 from edgerun.library_noise import quiet_libraries
 from edgerun.models import causal_lm

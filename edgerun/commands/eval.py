@@ -1,12 +1,22 @@
-"""Measure how often a model answers generated retrieval tasks right: needle, ruler or threads, at given lengths.
+"""Measure how often a model answers generated retrieval tasks right, or how well it predicts text, at given lengths.
 
 MODEL is a bundle, answered by the native session, or a checkpoint (zoo:text), answered by edgerun's torch model with
 the same op; --engine eager answers for a bundle with its checkpoint, after a check that both agree. All contenders get
 the same samples: intervals are Wilson's, differences paired. With --output, a stopped run goes on where it was.
 
+suites
+  needle       one needle at depths 0 to 100 %; also a table of depth by length
+  ruler        RULER's synthetic tasks; qa_1 and qa_2 need data to download and are left out; generated sentences stand
+               in for the essays of niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue and niah_multiquery
+  threads      Needle Threading: keys and values, threads forward, backward, branched, several at once
+  multi-turn   a second question about another part of the document, behind the model's own answer to the first
+  perplexity   bits per token of the last tokens of windows of held-out text (--text)
+
 examples
   edgerun eval text.edgerun ruler --tasks niah_single_1,niah_multikey_2 --lengths 4096,8192 --samples 100
   edgerun eval sparse.edgerun needle --against dense.edgerun --lengths 8192 --samples 20
+  edgerun eval zoo:text perplexity --lengths 2048,8192 --budgets 1098,2048
+  edgerun eval llama/ multi-turn --against dense --ray 10.0.0.5:6379 --output answers.jsonl
   edgerun eval zoo:text ruler --budgets 529,1098,2048 --selectors chunk,block-topk,window-sink --output answers.jsonl
   edgerun eval zoo:text selectors --budgets 529,2048 --lengths 8192 --html selectors.html --output measured.jsonl
 
@@ -26,6 +36,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from edgerun.commands import eval_tables
 from edgerun.commands.common import (
     Tools,
     add_output_options,
@@ -38,11 +49,11 @@ from edgerun.commands.common import (
     recipe_from,
 )
 from edgerun.errors import EdgerunError
-from edgerun.evaluation.answers import SUITES, Answer, Contender, Job, answer_all
-from edgerun.evaluation.statistics import paired_difference, wilson_interval
+from edgerun.evaluation import held_out_text, perplexity
+from edgerun.evaluation.answers import SUITES, Contender, Job, answer_all
 from edgerun.machine import available_cores
 from edgerun.recipe import Recipe
-from edgerun.report import Axis, Cell, Check, Column, Estimate, Plot, Report, Series, Table
+from edgerun.report import Axis, Check, Estimate, Plot, Report, Series
 
 if TYPE_CHECKING:
     from edgerun.bundle import Bundle
@@ -50,8 +61,6 @@ if TYPE_CHECKING:
 SUMMARY = "how often does it answer retrieval tasks right?"
 _SELECTORS = ("chunk", "block-topk", "window-sink")
 _DEPTHS = (0, 25, 50, 75, 100)
-
-Answers = dict[tuple[str, Job], Answer]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive, default=20, metavar="N", help="of every task and length; default: %(default)s"
     )
     what.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    what.add_argument(
+        "--text",
+        type=pathlib.Path,
+        nargs="+",
+        metavar="FILE",
+        help="perplexity: text that the model was not trained on; default for zoo:text: the standard library's sources "
+        "that its training held out",
+    )
+    what.add_argument(
+        "--last",
+        type=positive,
+        metavar="N",
+        help=f"perplexity: tokens scored of each window, fed one by one; default: {perplexity.LAST}",
+    )
     who = parser.add_argument_group("who answers")
     who.add_argument(
         "--engine", choices=("eager", "bundle"), help="default: bundle for a bundle, eager for a checkpoint"
@@ -88,7 +111,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--selectors", type=_names, default=("chunk",), metavar="A,B", help=f"with --budgets: of {','.join(_SELECTORS)}"
     )
     who.add_argument(
-        "--processes", type=positive, default=available_cores(), metavar="N", help="default: one a core (%(default)s)"
+        "--processes",
+        type=positive,
+        metavar="N",
+        help=f"default: one a core ({available_cores()}), or a CPU with --ray",
+    )
+    who.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="answer on a Ray cluster (HOST:PORT; auto: the one of this machine; local: a new one). Its machines need "
+        "edgerun, and the model and --text under the same paths; where it asks for a token, set RAY_AUTH_MODE=token",
     )
     parser.add_argument(
         "-o", "--output", type=pathlib.Path, metavar="FILE.jsonl", help="keep every answer; go on from there"
@@ -106,13 +138,36 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     contenders, checks = _contenders(arguments)
     report = evaluate(
         contenders,
-        make_jobs(arguments.suite, arguments.tasks, arguments.lengths, arguments.samples, arguments.seed),
+        _jobs(arguments),
         processes=arguments.processes,
+        ray=arguments.ray,
         record=arguments.output,
         command=tools.command,
     )
-    plots = budget_plots(contenders, report) if arguments.budgets else ()
+    plots = budget_plots(contenders, report) if arguments.budgets and arguments.suite != "perplexity" else ()
     return emit(dataclasses.replace(report, checks=checks, plots=plots), arguments)
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    if arguments.suite != "perplexity":
+        return make_jobs(arguments.suite, arguments.tasks, arguments.lengths, arguments.samples, arguments.seed)
+    files = tuple(arguments.text or held_out_files(arguments.model))
+    task = perplexity.task_name(arguments.last or perplexity.LAST, perplexity.read_text(files))
+    windows = [(length, index) for length in arguments.lengths for index in range(arguments.samples)]
+    return [Job("perplexity", task, length, arguments.seed, index, files) for length, index in windows]
+
+
+def held_out_files(model: str) -> list[pathlib.Path]:
+    """Text that MODEL's training held out. Raises EdgerunError for another model than zoo:text or a bundle of it."""
+    from edgerun.bundle import MANIFEST, Bundle
+    from edgerun.checkpoint import Checkpoint
+
+    path, shipped = checkpoint_path(model), checkpoint_path("zoo:text")
+    if path.resolve() != shipped.resolve():
+        source = Bundle.open(path, kind="text").manifest["source"]["sha256"] if (path / MANIFEST).is_file() else None
+        if source is None or source != Checkpoint.open(shipped).sha256():
+            raise EdgerunError(f"no text is known that {model} was not trained on: pass --text FILE…")
+    return held_out_text.held_out_sources()
 
 
 def make_jobs(suite: str, tasks: Sequence[str] | None, lengths: Sequence[int], samples: int, seed: int) -> list[Job]:
@@ -127,22 +182,28 @@ def make_jobs(suite: str, tasks: Sequence[str] | None, lengths: Sequence[int], s
 
 def suite_tasks(suite: str) -> tuple[str, ...]:
     """The tasks of a suite."""
-    from edgerun.evaluation import ruler, threads
+    from edgerun.evaluation import multi_turn, ruler, threads
 
-    return {"needle": tuple(f"depth_{d}" for d in _DEPTHS), "ruler": ruler.TASKS, "threads": threads.TASKS}[suite]
+    return {
+        "needle": tuple(f"depth_{d}" for d in _DEPTHS),
+        "ruler": ruler.TASKS,
+        "threads": threads.TASKS,
+        "multi-turn": multi_turn.TASKS,
+    }[suite]
 
 
 def evaluate(
     contenders: Sequence[Contender],
     jobs: Sequence[Job],
     *,
-    processes: int,
+    processes: int | None = None,
+    ray: str | None = None,
     record: pathlib.Path | None = None,
     command: str = "",
 ) -> Report:
     """Ask every contender every sample; the first is what the others are compared with, sample by sample.
 
-    An answer is right when it holds every expected string. Raises what `answer_all` raises.
+    An answer is right when it holds every expected string. The other arguments and what is raised: as in `answer_all`.
     """
     import tqdm
 
@@ -151,57 +212,11 @@ def evaluate(
         def on_answer(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
-        answers = answer_all(contenders, jobs, processes=processes, record=record, on_answer=on_answer)
-    cells = list(dict.fromkeys((job.task, job.length) for job in jobs))
-    rows = []
-    for task, length in cells:
-        mine = [job for job in jobs if (job.task, job.length) == (task, length)]
-        baseline = _right(answers, contenders[0], mine)
-        for contender in contenders:
-            rows.append((task, length, *_cell_row(answers, contender, mine, baseline, contender is contenders[0])))
-    first = contenders[0].name
-    columns = (
-        Column("task"),
-        Column("length", "tokens"),
-        Column("contender"),
-        Column("n"),
-        Column("right", "%", 1),
-        Column("score", "%", 1),
-        Column(f"right − {first}", "points", 1),
-        Column("density", "%", 1),
-        Column("prefill", "s", 2),
-    )
-    note = "right: every expected string found, Wilson 95 %; score: strings found; difference: paired bootstrap 95 %"
+        answers = answer_all(contenders, jobs, processes=processes, ray=ray, record=record, on_answer=on_answer)
     report = begin_report("eval", f"edgerun eval: {jobs[0].suite}, {len(jobs)} samples", command)
     facts = tuple((f"build of {c.name}", c.build) for c in contenders)
-    return dataclasses.replace(report, facts=facts, tables=(Table("Answers", columns, tuple(rows), note),))
-
-
-def _right(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> list[float]:
-    return [float(answers[contender.build, job].score == 1.0) for job in jobs]
-
-
-def _cell_row(
-    answers: Answers, contender: Contender, jobs: Sequence[Job], baseline: list[float], is_first: bool
-) -> tuple[Cell, ...]:
-    right = _right(answers, contender, jobs)
-    mine = [answers[contender.build, job] for job in jobs]
-    share = wilson_interval(round(sum(right)), len(right))
-    difference = None if is_first else paired_difference(right, baseline)
-    densities = [answer.density for answer in mine if answer.density is not None]
-    return (
-        contender.name,
-        len(right),
-        _percent(share.estimate, share.low, share.high, len(right)),
-        100 * sum(answer.score for answer in mine) / len(mine),
-        None if difference is None else _percent(difference.estimate, difference.low, difference.high, len(right)),
-        100 * sum(densities) / len(densities) if densities else None,
-        sum(answer.prefill_s for answer in mine) / len(mine),
-    )
-
-
-def _percent(value: float, low: float, high: float, n: int) -> Estimate:
-    return Estimate(100 * value, 100 * low, 100 * high, n=n)
+    shown = eval_tables.tables(answers, contenders, jobs)
+    return dataclasses.replace(report, facts=facts, tables=shown, notes=eval_tables.notes(jobs))
 
 
 def budget_plots(contenders: Sequence[Contender], report: Report) -> tuple[Plot, ...]:
@@ -331,6 +346,11 @@ def _refuse_unused(arguments: argparse.Namespace, is_bundle: bool, engine: str) 
             "--against and --budgets exclude each other: --budgets asks dense too",
         ),
         (arguments.selectors != ("chunk",) and not arguments.budgets, "--selectors is for --budgets"),
+        (
+            arguments.suite != "perplexity" and (arguments.text or arguments.last),
+            "--text and --last are for perplexity",
+        ),
+        (arguments.suite == "perplexity" and arguments.tasks, "--tasks is not for perplexity, which has one"),
         (is_bundle and recipe_from(arguments) != Recipe(), "a bundle computes what it was exported for"),
     )
     for given, reason in unused:

@@ -2,50 +2,56 @@
 
 A job names a sample by what decides it, so that workers make their own. A contender is a model with a recipe (eager:
 our torch model with the native op) or a bundle. Answers go to a JSONL file as they come; the same call resumes there.
+In the suite multi-turn a second question follows the model's own answer; in perplexity nothing is asked, and what
+held-out text costs is kept in the answer's place.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
-import os
 import pathlib
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import fidelity, needle, ruler, threads
+from edgerun.evaluation import multi_turn, needle, perplexity, ruler, threads
+from edgerun.evaluation.processes import run_tasks
 from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
-from edgerun.library_noise import quiet_libraries
+from edgerun.machine import available_cores
 from edgerun.recipe import Recipe
+
+if TYPE_CHECKING:
+    pass
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-SUITES = ("needle", "ruler", "threads")
+SUITES = ("needle", "ruler", "threads", "multi-turn", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One sample: a task of a suite ("depth_50" in needle), a length in tokens, a seed and an index."""
+    """One sample: a task of a suite ("depth_50" in needle), a length in tokens, a seed and an index.
+
+    files: where perplexity's text lies; the task holds its hash, so that they are no part of what the job is.
+    """
 
     suite: str
     task: str
     length: int
     seed: int
     index: int
+    files: tuple[pathlib.Path, ...] = dataclasses.field(default=(), compare=False)
 
     def sample(self, count_tokens: TokenCounter = count_utf8_bytes) -> Sample:
-        """Make the sample. Raises EdgerunError for an unknown task or a length too short for it."""
+        """Make the sample; perplexity has none. Raises EdgerunError for an unknown task or a length too short."""
         try:
             if self.suite == "needle":
                 depth = float(self.task.removeprefix("depth_"))
                 return needle.generate(self.length, depth, self.seed, self.index, count_tokens=count_tokens)
-            make = {"ruler": ruler.generate, "threads": threads.generate}[self.suite]
-            return make(self.task, self.length, self.seed, self.index, count_tokens=count_tokens)
+            make = {"ruler": ruler.generate, "threads": threads.generate, "multi-turn": multi_turn.generate}
+            return make[self.suite](self.task, self.length, self.seed, self.index, count_tokens=count_tokens)
         except ValueError as error:
             raise EdgerunError(str(error)) from error
 
@@ -66,8 +72,21 @@ class Contender:
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstTurn:
+    """What came of the first of two questions; the answer itself is the second's."""
+
+    score: float
+    expected: tuple[str, ...]
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
-    """One contender's answer. score: fraction of the expected strings found; density: attended of causal pairs."""
+    """One contender's answer. score: fraction of the expected strings found; density: attended of causal pairs.
+
+    With two questions they are the second's, and prefill_s is that of the document with the first. loss: of perplexity,
+    where no string is expected and the score is 0. Records of before these two had a place hold neither.
+    """
 
     build: str
     job: Job
@@ -78,135 +97,57 @@ class Answer:
     prefill_s: float
     decode_s: float
     density: float | None
+    first_turn: FirstTurn | None = None
+    loss: perplexity.Loss | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A line of the JSONL file."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        del values["job"]["files"]
+        return {name: value for name, value in values.items() if value is not None or name == "density"}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Answer:
         """The answer that a line holds."""
-        return Answer(**{**values, "job": Job(**values["job"]), "expected": tuple(values["expected"])})
+        first, loss = values.get("first_turn"), values.get("loss")
+        changed = {
+            "job": Job(**values["job"]),
+            "expected": tuple(values["expected"]),
+            "first_turn": first and FirstTurn(**{**first, "expected": tuple(first["expected"])}),
+            "loss": loss and perplexity.Loss(**loss),
+        }
+        return Answer(**{**values, **changed})
 
 
 class _Answerer(Protocol):
     def answer(self, job: Job) -> Answer: ...
 
 
-class EagerAnswerer:
-    """Greedy decoding of edgerun's torch model with the native op; the tokenizer is the checkpoint's own."""
-
-    def __init__(self, contender: Contender) -> None:
-        import tokenizers
-
-        from edgerun.checkpoint import Checkpoint
-        from edgerun.models import causal_lm
-
-        assert contender.recipe is not None
-        self._build = contender.build
-        checkpoint = Checkpoint.open(contender.path)
-        self._slice = contender.recipe.prefill_slice
-        self.model = causal_lm.load(checkpoint, contender.recipe)
-        if contender.selector is not None:
-            from edgerun.selectors import attention, registry
-
-            attention.install(self.model, registry.make(contender.selector, contender.recipe.dhsa, contender.predictor))
-            self._slice = self.model.max_context  # some rules read the whole prompt at once
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(contender.path / "tokenizer.json"))
-        self._ends = end_tokens(checkpoint.config, checkpoint.generation)
-
-    def answer(self, job: Job) -> Answer:
-        """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
-        from edgerun.ops.dhsa_attention import count_attention
-
-        sample = job.sample(self.count_tokens)
-        ids = self._tokenizer.encode(sample.prompt).ids
-        _require_room(len(ids) + sample.max_new_tokens, self.model.max_context)
-        with count_attention() as counters:
-            run = fidelity.greedy(
-                self.model, ids, max_new_tokens=sample.max_new_tokens, ends=self._ends, prefill_slice=self._slice
-            )
-        return _scored(
-            self._build,
-            job,
-            sample,
-            self._tokenizer.decode(list(run.tokens)),
-            prompt_tokens=len(ids),
-            prefill_s=run.prefill_s,
-            decode_s=run.decode_s,
-            density=counters.density,
-        )
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, special ones included."""
-        return list(self._tokenizer.encode(text).ids)
-
-    def encode_more(self, text: str) -> list[int]:
-        """Tokens of what follows a prompt."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of `text` without special ones."""
-        return len(self.encode_more(text))
-
-
-class BundleAnswerer:
-    """Greedy decoding of a bundle by the native session in this process."""
-
-    def __init__(self, contender: Contender) -> None:
-        from edgerun.bundle import Bundle
-        from edgerun.sessions.text import TextSession
-
-        self._build = contender.build
-        bundle = Bundle.open(contender.path, kind="text")
-        self._context = int(bundle.manifest["context"]["max_context"])
-        self._tokenizer = bundle.tokenizer()
-        self._session = TextSession(contender.path, threads=1)
-
-    def answer(self, job: Job) -> Answer:
-        """Answer one job. Raises EdgerunError when prompt and answer do not fit the context."""
-        sample = job.sample(lambda text: len(self._tokenizer.encode(text, add_special_tokens=False).ids))
-        ids = self._tokenizer.encode(sample.prompt).ids
-        _require_room(len(ids) + sample.max_new_tokens, self._context)
-        self._session.reset()
-        generation = self._session.generate(ids, max_new_tokens=sample.max_new_tokens)
-        stats = generation.stats
-        return _scored(
-            self._build,
-            job,
-            sample,
-            generation.text,
-            prompt_tokens=len(ids),
-            prefill_s=(stats.prompt_eval_end_ms - stats.inference_start_ms) / 1e3,
-            decode_s=(stats.inference_end_ms - stats.prompt_eval_end_ms) / 1e3,
-            density=stats.attended_pairs / stats.causal_pairs if stats.causal_pairs else None,
-        )
-
-
-def end_tokens(config: Any, generation: dict[str, Any]) -> frozenset[int]:
-    """Token ids that end an answer: those of the generation settings, else of the configuration."""
-    ends = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
 def answer_all(
     contenders: Sequence[Contender],
     jobs: Sequence[Job],
     *,
-    processes: int,
+    processes: int | None = None,
+    ray: str | None = None,
     record: pathlib.Path | None = None,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, Job], Answer]:
     """Every contender's answer to every job, by (build, job).
 
     record: JSONL that is read first and appended to. on_answer: told (done, all) as answers come. One process works
-    here; more are started with one torch thread each. Raises EdgerunError for a damaged record or a failed job.
+    here; more are started with one torch thread each, by default one a core. ray: the address of a Ray cluster that
+    answers instead, by default with one worker a CPU of it. Raises EdgerunError for a damaged record or a failed job.
     """
     answers = read_record(record) if record is not None else {}
     wanted = [(contender, job) for contender in contenders for job in jobs]
     missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
     done = len(wanted) - len(missing)
-    for answer in run_tasks(_answer, missing, processes):
+    work = (
+        run_tasks(_answer, missing, processes or available_cores())
+        if ray is None
+        else _over_ray(missing, ray, processes)
+    )
+    for answer in work:
         if record is not None:
             with record.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(answer.to_json()) + "\n")
@@ -238,53 +179,24 @@ def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
     return answers
 
 
-def run_tasks(work: Callable[[_T], _R], tasks: Sequence[_T], processes: int) -> Iterable[_R]:
-    """What `work` gives for each task, as it comes. One process works here; more are started with one thread each."""
-    if processes <= 1 or len(tasks) <= 1:
-        yield from (work(task) for task in tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _start_worker) as pool:
-        try:
-            yield from (
-                future.result() for future in concurrent.futures.as_completed([pool.submit(work, t) for t in tasks])
-            )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _over_ray(tasks: Sequence[tuple[Contender, Job]], address: str, processes: int | None) -> Iterable[Answer]:
+    from edgerun.evaluation import ray_workers  # it imports this module
 
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet_libraries()
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    return ray_workers.work(tasks, address, processes)
 
 
 def _answer(task: tuple[Contender, Job]) -> Answer:
-    contender, job = task
+    return answer_one(*task)
+
+
+def answer_one(contender: Contender, job: Job) -> Answer:
+    """One contender's answer to one job, in this process, which keeps the contender loaded until another answers."""
     return _answerer(contender).answer(job)
 
 
 @functools.lru_cache(maxsize=1)
 def _answerer(contender: Contender) -> _Answerer:
     """The contender, loaded. Tasks come contender by contender, so a process loads each about once."""
+    from edgerun.evaluation.answerers import BundleAnswerer, EagerAnswerer  # it imports this module
+
     return BundleAnswerer(contender) if contender.recipe is None else EagerAnswerer(contender)
-
-
-def _require_room(tokens: int, max_context: int) -> None:
-    if tokens > max_context:
-        raise EdgerunError(f"prompt and answer need {tokens} tokens, the context holds {max_context}: lower --lengths")
-
-
-def _scored(build: str, job: Job, sample: Sample, output: str, **measured: Any) -> Answer:
-    return Answer(build, job, ruler.score(sample, output), sample.answers, output, **measured)

@@ -148,7 +148,7 @@ def eager_logits(
     model: CausalLM, prompt: Sequence[int], forced: Sequence[int], prefill_slice: int
 ) -> npt.NDArray[np.float32]:
     """Logits [len(forced) + 1, vocab] of an eager model: after the prompt, fed in slices, and each forced token."""
-    rows = [_prefill(model, prompt, prefill_slice)]
+    rows = [append(model, prompt, 0, prefill_slice)]
     rows += [feed(model, [token], len(prompt) + offset) for offset, token in enumerate(forced)]
     return np.stack(rows)
 
@@ -164,24 +164,46 @@ class GreedyRun:
 
 
 def greedy(
-    model: CausalLM, prompt: Sequence[int], *, max_new_tokens: int, ends: Collection[int], prefill_slice: int
+    model: CausalLM,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    ends: Collection[int],
+    prefill_slice: int,
+    position: int = 0,
+    tile: int = 1,
 ) -> GreedyRun:
-    """Greedy decoding of an eager model until a token of `ends` or max_new_tokens (at least 1)."""
+    """Greedy decoding of an eager model until a token of `ends` or max_new_tokens (at least 1).
+
+    position and tile: as in `append`; the last token of an earlier run was not fed, so a later prompt begins with it.
+    """
     begin = time.monotonic()
-    rows = [_prefill(model, prompt, prefill_slice)]
+    rows = [append(model, prompt, position, prefill_slice, tile)]
     prefilled = time.monotonic()
     tokens = [int(rows[0].argmax())]
     while tokens[-1] not in ends and len(tokens) < max_new_tokens:
-        rows.append(feed(model, tokens[-1:], len(prompt) + len(tokens) - 1))
+        rows.append(feed(model, tokens[-1:], position + len(prompt) + len(tokens) - 1))
         tokens.append(int(rows[-1].argmax()))
     return GreedyRun(tuple(tokens), np.stack(rows), prefilled - begin, time.monotonic() - prefilled)
 
 
-def _prefill(model: CausalLM, prompt: Sequence[int], prefill_slice: int) -> npt.NDArray[np.float32]:
-    """The prompt in slices into a fresh state -> logits [vocab] after it."""
-    model.reset()
-    starts = range(0, len(prompt), prefill_slice)
-    return [feed(model, prompt[start : start + prefill_slice], start) for start in starts][-1]
+def append(
+    model: CausalLM, ids: Sequence[int], position: int, prefill_slice: int, tile: int = 1
+) -> npt.NDArray[np.float32]:
+    """Feed ids (at least one) in slices after the model's first `position` tokens -> logits [vocab] after them.
+
+    position 0 begins a fresh state. Slices end at multiples of `tile`, as a session cuts them, where one fits.
+    """
+    if position == 0:
+        model.reset()
+    at, end = position, position + len(ids)
+    while at < end:
+        cut = min(at + prefill_slice, end)
+        if cut < end and cut // tile * tile > at:
+            cut = cut // tile * tile
+        row = feed(model, ids[at - position : cut - position], at)
+        at = cut
+    return row
 
 
 def feed(model: CausalLM, ids: Sequence[int], position: int) -> npt.NDArray[np.float32]:

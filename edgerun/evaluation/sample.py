@@ -21,8 +21,17 @@ _ANSWER_SLACK = 16
 
 
 @dataclasses.dataclass(frozen=True)
+class FollowUp:
+    """A second question, put behind the model's own answer to the first, and what a right output holds."""
+
+    text: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt and what a right output holds. `length` is the budget in tokens for prompt and answer together."""
+    """One prompt and what a right output holds. `length` is the budget in tokens for everything asked and answered."""
 
     task: str
     prompt: str
@@ -30,6 +39,7 @@ class Sample:
     max_new_tokens: int
     length: int
     index: int
+    follow_up: FollowUp | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,5 +128,10 @@ def insert_at_fractions(lines: Sequence[str], inserts: Sequence[tuple[float, str
 
 def fraction_found(sample: Sample, output: str) -> float:
     """RULER's string match: the fraction of the answers that stand in `output`, upper and lower case alike."""
+    return share_found(sample.answers, output)
+
+
+def share_found(answers: Sequence[str], output: str) -> float:
+    """The fraction of `answers` that stand in `output`, upper and lower case alike."""
     lowered = output.lower()
-    return sum(answer.lower() in lowered for answer in sample.answers) / len(sample.answers)
+    return sum(answer.lower() in lowered for answer in answers) / len(answers)

@@ -22,7 +22,9 @@ import torch
 
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity, ruler
-from edgerun.evaluation.answers import Contender, EagerAnswerer, Job, run_tasks
+from edgerun.evaluation.answerers import EagerAnswerer
+from edgerun.evaluation.answers import Contender, Job
+from edgerun.evaluation.processes import run_tasks
 from edgerun.evaluation.sample import TokenCounter
 from edgerun.ops.dhsa_attention import Lists, count_attention
 from edgerun.recipe import MICRO_BLOCK

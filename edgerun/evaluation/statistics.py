@@ -44,9 +44,18 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) 
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} and {len(b)} samples: needs as many in both, and at least one")
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    mean = math.fsum(differences) / n
+    return mean_interval([x - y for x, y in zip(a, b, strict=True)], seed=seed)
+
+
+def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """Mean of samples with a 95 % percentile bootstrap interval; one seed, one result.
+
+    Raises ValueError when there is no sample.
+    """
+    if not values:
+        raise ValueError("0 samples: needs at least one")
+    n = len(values)
+    mean = math.fsum(values) / n
     rng = random.Random(f"paired_difference/{seed}")
-    means = sorted(math.fsum(rng.choices(differences, k=n)) / n for _ in range(_BOOTSTRAP_RESAMPLES))
+    means = sorted(math.fsum(rng.choices(values, k=n)) / n for _ in range(_BOOTSTRAP_RESAMPLES))
     return Interval(mean, means[int(0.025 * _BOOTSTRAP_RESAMPLES)], means[int(0.975 * _BOOTSTRAP_RESAMPLES) - 1])

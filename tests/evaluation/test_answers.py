@@ -68,6 +68,18 @@ def test_a_line_is_the_answer_it_was(tmp_path: pathlib.Path) -> None:
     assert read_record(record_of(tmp_path / "r.jsonl", [one])) == {("a", JOBS[0]): one}
 
 
+def test_a_line_of_an_older_record_is_an_answer(tmp_path: pathlib.Path) -> None:
+    """As it was written before answers had first turns and losses."""
+    line = (
+        '{"build": "a", "job": {"suite": "ruler", "task": "niah_single_1", "length": 1024, "seed": 0, "index": 0}, '
+        '"score": 0.5, "expected": ["1"], "output": "1", "prompt_tokens": 10, "prefill_s": 0.5, "decode_s": 0.25, '
+        '"density": null}'
+    )
+    (tmp_path / "r.jsonl").write_text(line + "\n")
+    assert read_record(tmp_path / "r.jsonl") == {("a", JOBS[0]): answer("a", JOBS[0], 0.5)}
+    assert json.dumps(answer("a", JOBS[0], 0.5).to_json()) == line
+
+
 def test_a_line_cut_short_is_dropped_and_the_rest_is_kept(tmp_path: pathlib.Path) -> None:
     path = record_of(tmp_path / "r.jsonl", [answer("a", job, 1.0) for job in JOBS])
     path.write_text(path.read_text()[:-30])

@@ -117,3 +117,29 @@ def test_a_checkpoint_of_other_weights_is_found_out(model: CausalLM, tmp_path: p
     other = causal_lm.load(save_tiny_checkpoint(tmp_path, seed=1), RECIPE)
     found = fidelity.measure(*(fidelity.eager_logits(m, PROMPT, [7], prefill_slice=64) for m in (other, model)))
     assert not all(gate.passed for gate in fidelity.checks(found, RECIPE, sparse=False))
+
+
+class _Recorder:
+    """A model that remembers what it is fed: (tokens, position), and None where it is reset."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int] | None] = []
+
+    def reset(self) -> None:
+        self.calls.append(None)
+
+    def __call__(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        self.calls.append((ids.shape[1], int(position)))
+        return torch.zeros(1, 4)
+
+
+def test_what_is_appended_is_cut_at_multiples_of_the_tile() -> None:
+    model = _Recorder()
+    fidelity.append(model, range(101), 129, prefill_slice=64, tile=16)  # type: ignore[arg-type]
+    assert model.calls == [(63, 129), (38, 192)]
+
+
+def test_position_zero_begins_anew_and_a_slice_below_the_tile_still_goes_on() -> None:
+    model = _Recorder()
+    fidelity.append(model, range(20), 0, prefill_slice=8, tile=16)  # type: ignore[arg-type]
+    assert model.calls == [None, (8, 0), (8, 8), (4, 16)]

@@ -1,8 +1,10 @@
 """Intervals against published and hand-worked values."""
 
+import math
+
 import pytest
 
-from edgerun.evaluation.statistics import paired_difference, wilson_interval
+from edgerun.evaluation.statistics import mean_interval, paired_difference, wilson_interval
 
 
 # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
@@ -48,3 +50,14 @@ def test_paired_difference_agrees_with_the_normal_interval_on_many_pairs() -> No
 def test_paired_difference_refuses_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="2 and 1 samples"):
         paired_difference([1.0, 0.0], [1.0])
+
+
+def test_mean_interval_agrees_with_the_normal_interval_on_many_samples() -> None:
+    values = [math.sin(i) for i in range(2000)]
+    mean = sum(values) / 2000
+    half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / 2000 / 2000)
+    found = mean_interval(values)
+    assert found.estimate == pytest.approx(mean)
+    assert (found.low, found.high) == (pytest.approx(mean - half, abs=0.003), pytest.approx(mean + half, abs=0.003))
+    with pytest.raises(ValueError, match="0 samples"):
+        mean_interval([])

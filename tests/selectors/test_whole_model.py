@@ -123,7 +123,7 @@ def measured(contender: Contender, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_every_kind_is_measured_for_every_prompt(measured: tuple[list[Measurement], pathlib.Path]) -> None:
-    """A mixture has no recall of its own, a rule that leaves decode dense none there; 4,096 tokens hold every prompt."""
+    """A mixture has no recall of its own, a rule with dense decode none there; 4,096 tokens hold every prompt."""
     found, _ = measured
     kinds = {name: {one.kind for one in found if one.selector == name} for name in {one.selector for one in found}}
     everything = {"prefill", "decode", "divergence"}
@@ -192,7 +192,12 @@ def test_a_picture_shows_what_was_chosen(contender: Contender) -> None:
 
 
 def test_names_of_the_op_are_the_labs_too() -> None:
-    assert eval_selectors.selector_names(("chunk", "window-sink", "oracle", "recent")) == ("shipped", "recent", "oracle")
+    names = eval_selectors.selector_names(("chunk", "window-sink", "oracle", "recent"))
+    assert names == (
+        "shipped",
+        "recent",
+        "oracle",
+    )
     with pytest.raises(EdgerunError, match="no selector"):
         eval_selectors.selector_names(("magic",))
 
