@@ -201,7 +201,8 @@ def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:
         tables.append(answers_table(answers, second, "Finalists", note))
         plots += [p for task in ("all", *SOLVED) if (p := accuracy_plot(answers, second[0], task)) is not None]
     if found:
-        tables.append(boundary_table(found))
+        boundaries = boundary_table(found)
+        tables += [boundaries] if boundaries.rows else []
         of_stage = eval_selectors.selectors_report(found, lab.base(), command)
         tables += of_stage.tables
         plots += of_stage.plots

@@ -167,11 +167,14 @@ def density_plots(found: Sequence[Measurement], length: int) -> list[Plot]:
             if points:
                 series.append(Series(name, tuple(sorted(points, key=lambda point: point[0]))))
         if series:
+            lowest = min(estimate.low or 0.0 for one in series for _, estimate in one.points)
+            share = unit == "%"
+            low, high = (10 * (lowest // 10), 100.0) if share else (None, None)
             plots.append(
                 Plot(
                     f"{title}: {length:,} tokens",
                     Axis("causal density", "%", log=True, base=10),
-                    Axis(title.split(": ")[-1], unit),
+                    Axis(title.split(": ")[-1], unit, low=low, high=high),
                     tuple(series),
                     "The best on average, and the baselines; bootstrap 95 % over prompts.",
                 )

@@ -1,0 +1,121 @@
+"""The accuracy lab: what its stages ask, and that its page counts right. No model is run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from bench import accuracy_lab_plans as plans
+from bench.accuracy_lab_page import answers_table, boundary_table, lab_report, needle_maps
+from edgerun.commands.common import checkpoint_path
+from edgerun.evaluation.answers import Answer, Job
+from edgerun.evaluation.selector_fidelity import Measurement
+from edgerun.report import Estimate
+from edgerun.report_html import to_html
+
+
+@pytest.fixture
+def lab(tmp_path: pathlib.Path) -> plans.Lab:
+    return plans.Lab(checkpoint_path("zoo:text"), tmp_path, 1)
+
+
+def answer(build: str, job: Job, right: bool, density: float) -> Answer:
+    return Answer(build, job, float(right), ("1",), "", 10, 0.5, 0.25, density)
+
+
+def answer_everything(lab: plans.Lab, plan: plans.Plan, wrong: dict[str, set[int]]) -> dict[tuple[str, Job], Answer]:
+    """Everyone is right but for the samples named; the record is written too."""
+    found = {}
+    for contender in plan.contenders:
+        for job in plan.jobs:
+            right = job.index not in wrong.get(contender.name, set())
+            found[contender.build, job] = answer(
+                contender.build, job, right, 1.0 if contender.name == "dense" else 0.12
+            )
+    lines = [json.dumps(one.to_json()) + "\n" for one in found.values()]
+    lab.answers.write_text("".join(lines), encoding="utf-8")
+    return found
+
+
+def test_budgets_give_the_densities_that_are_said() -> None:
+    for length, budgets in plans.BUDGETS.items():
+        densities = [(b / length) * (2 - b / length) for b in budgets]
+        assert densities == pytest.approx([0.125, 0.25, 0.4375][-len(budgets) :], abs=0.002)
+
+
+def test_what_needs_a_predictor_waits_for_a_calibration(lab: plans.Lab, tmp_path: pathlib.Path) -> None:
+    assert "paper-v1" not in lab.usable(plans.FINALISTS)
+    calibrated = dataclasses.replace(lab, calibration=tmp_path / "any")
+    assert calibrated.usable(plans.FINALISTS) == plans.FINALISTS
+
+
+def test_stage_2_asks_all_finalists_the_same_samples(lab: plans.Lab) -> None:
+    (plan,) = plans.stage_2(lab, 100)
+    finalists = len(lab.usable(plans.FINALISTS))
+    assert len(plan.contenders) == 1 + 3 * finalists
+    assert len({c.build for c in plan.contenders}) == len(plan.contenders)
+    assert len(plan.jobs) == 100 * len(plans.SOLVED)
+
+
+def test_stage_3_goes_on_from_the_samples_of_stage_2(lab: plans.Lab) -> None:
+    (second,), (third, *shorter) = plans.stage_2(lab, 100), plans.stage_3(lab, 400)
+    assert {c.build for c in third.contenders} <= {c.build for c in second.contenders}
+    assert set(second.jobs) <= set(third.jobs)
+    assert [len(plan.contenders) for plan in shorter] == [1 + 3, 1 + 2]
+
+
+def test_a_table_pools_the_tasks_sample_by_sample(lab: plans.Lab) -> None:
+    """Of 10 samples of two tasks the default misses one sample index: 2 of 20 answers, 10 points."""
+    plan = plans.stage_3(lab, 10, plans.SOLVED[:2])[0]
+    answers = answer_everything(lab, plan, {plan.contenders[1].name: {3}})
+    table = answers_table(answers, [plan], "t", "")
+    pooled = [row for row in table.rows if row[1] == "all"]
+    assert [row[4] for row in pooled] == [20, 20]
+    share, difference = pooled[1][5], pooled[1][6]
+    assert isinstance(share, Estimate) and isinstance(difference, Estimate)
+    assert share.value == pytest.approx(90.0)
+    assert difference.value == pytest.approx(-10.0)
+    assert difference.low is not None and difference.low <= -10.0
+
+
+def test_samples_that_not_everyone_has_answered_do_not_count(lab: plans.Lab) -> None:
+    plan = plans.stage_3(lab, 4, plans.SOLVED[:1])[0]
+    answers = answer_everything(lab, plan, {})
+    del answers[plan.contenders[1].build, plan.jobs[0]]
+    assert [row[4] for row in answers_table(answers, [plan], "t", "").rows] == [3, 3]
+
+
+def test_the_verdict_says_the_figures(lab: plans.Lab) -> None:
+    plan = plans.stage_3(lab, 50)[0]
+    answer_everything(lab, plan, {plan.contenders[1].name: {1}})
+    report = lab_report(lab, {"2": 0, "3": 50, "needle": 0}, "command")
+    assert "at 12 % of all pairs it answers 98.0 % right where dense attention answers 100.0 %" in report.verdict
+    assert "250 paired samples" in report.verdict
+    assert report.verdict in to_html(report)
+
+
+def test_needle_maps_stand_side_by_side(lab: plans.Lab) -> None:
+    grids = plans.needle_grid(lab, 2)
+    answers: dict[tuple[str, Job], Answer] = {}
+    for plan in grids:
+        answers |= answer_everything(lab, plan, {plan.contenders[2].name: {0}})
+    maps = needle_maps(answers, grids)
+    assert len({m.group for m in maps}) == 1 and len(maps) == 3
+    assert maps[0].values == ((100.0,) * 3,) * 5
+    assert maps[2].values == ((50.0,) * 3,) * 5
+
+
+def test_boundaries_are_compared_prompt_by_prompt() -> None:
+    jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(3)]
+    found = [
+        Measurement("b", "prefill", name, 274, job, 0.2, ((held,),), ((1.0,),))
+        for name, held in (("moments", 0.9), ("moments-fixed", 0.8))
+        for job in jobs
+    ]
+    (row,) = boundary_table(found).rows
+    assert row[:3] == (2048, 274, "moments-fixed")
+    assert isinstance(row[3], Estimate) and row[3].value == pytest.approx(-10.0)
+    assert row[4] is None and row[5] == 3
