@@ -253,7 +253,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The recipe of `add_recipe_options`. Raises ExportError for a choice that is out of range."""
     values = vars(arguments)
-    dhsa = DhsaOptions(**{field.name: values[field.name] for field in dataclasses.fields(DhsaOptions)})
+    names = [field.name for field in dataclasses.fields(DhsaOptions) if field.name != "layers"]
+    dhsa = DhsaOptions(**{name: values[name] for name in names})
     own = {field.name: values[field.name] for field in dataclasses.fields(Recipe) if field.name != "dhsa"}
     return Recipe(dhsa=dhsa, **own)
 
