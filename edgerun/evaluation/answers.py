@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import fidelity, needle, ruler, threads
+from edgerun.evaluation import fidelity, needle, record_lines, ruler, threads
 from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
 from edgerun.library_noise import quiet_libraries
 from edgerun.recipe import Recipe
@@ -188,8 +187,7 @@ def answer_all(
     done = len(wanted) - len(missing)
     for answer in _work(missing, processes):
         if record is not None:
-            with record.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(answer.to_json()) + "\n")
+            record_lines.append(record, answer.to_json())
         answers[answer.build, answer.job] = answer
         done += 1
         if on_answer is not None:
@@ -202,20 +200,8 @@ def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
 
     Raises EdgerunError for another line that is not an answer.
     """
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-    answers = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            answer = Answer.from_json(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise EdgerunError(f"{path} line {number} is not an answer ({error}): pass another --output") from error
-        answers[answer.build, answer.job] = answer
-    return answers
+    answers = record_lines.read(path, Answer.from_json, "an answer")
+    return {(answer.build, answer.job): answer for answer in answers}
 
 
 def _work(tasks: Sequence[tuple[Contender, Job]], processes: int) -> Iterable[Answer]:
