@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgerun import __version__
 from edgerun.bundle import sha256_of
-from edgerun.errors import EdgerunError
+from edgerun.errors import EdgerunError, ExportError
 from edgerun.recipe import DhsaOptions
 
 if TYPE_CHECKING:
@@ -78,11 +78,9 @@ class Calibration:
             version = values.pop("schema_version")
             if version != SCHEMA_VERSION:
                 remedy = "update edgerun" if version > SCHEMA_VERSION else "calibrate again"
-                raise EdgerunError(
-                    f"{path} has schema version {version}, this edgerun reads {SCHEMA_VERSION}: {remedy}"
-                )
+                raise EdgerunError(f"{path} has schema {version}, this edgerun reads {SCHEMA_VERSION}: {remedy}")
             return _from_json(values, sha256_of(path))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ExportError) as error:
             raise EdgerunError(f"{path} holds a calibration that cannot be read ({error}): calibrate again") from None
 
     def save(self, path: pathlib.Path, predictor: BoundaryPredictor | None = None) -> Calibration:
@@ -144,9 +142,7 @@ def load_predictor(path: pathlib.Path) -> BoundaryPredictor:
         predictor.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise EdgerunError(
-            f"{path} holds another boundary predictor than it says ({reason}): calibrate again"
-        ) from None
+        raise EdgerunError(f"{path} holds another predictor than it says ({reason}): calibrate again") from None
     return predictor.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ the same samples: intervals are Wilson's, differences paired. With --output, a s
 examples
   edgerun eval text.edgerun ruler --tasks niah_single_1,niah_multikey_2 --lengths 4096,8192 --samples 100
   edgerun eval sparse.edgerun needle --against dense.edgerun --lengths 8192 --samples 20
+  edgerun eval zoo:text ruler --calibration text.calibration --against dense --lengths 4096
   edgerun eval zoo:text ruler --budgets 529,1098,2048 --selectors chunk,block-topk,window-sink --output answers.jsonl
 """
 
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgerun.commands.common import (
     Tools,
+    add_calibration_option,
     add_output_options,
     add_recipe_options,
     begin_report,
+    calibrated_recipe,
     checkpoint_path,
     emit,
     positive,
@@ -88,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output_options(parser)
     add_recipe_options(parser)
+    add_calibration_option(parser)
 
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
@@ -253,6 +257,7 @@ def eager_contender(name: str, checkpoint: pathlib.Path, recipe: Recipe) -> Cont
 def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[Check, ...]]:
     """Who answers, and for a bundle answered by its checkpoint the checks that both agree."""
     from edgerun.bundle import MANIFEST, Bundle
+    from edgerun.checkpoint import Checkpoint
 
     path = checkpoint_path(arguments.model)
     is_bundle = (path / MANIFEST).is_file() or path.suffix == ".edgerun"
@@ -267,6 +272,7 @@ def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[C
         # An eager answer has the build of its recipe too: without the word a record would hand it to the bundle.
         return [Contender(p.stem, p, None, f"bundle {Bundle.open(p, kind='text').build}") for p in (*others, path)], ()
     checks: tuple[Check, ...] = ()
+    calibration = None
     if is_bundle:
         if arguments.checkpoint is None:
             raise EdgerunError(
@@ -275,10 +281,12 @@ def _contenders(arguments: argparse.Namespace) -> tuple[list[Contender], tuple[C
         bundle, path = Bundle.open(path, kind="text"), checkpoint_path(arguments.checkpoint)
         recipe, checks = bundle.recipe, agreement(bundle, path)
     else:
-        recipe = recipe_from(arguments)
+        recipe, calibration = calibrated_recipe(arguments)
     if arguments.budgets:
         return budget_contenders(path, recipe, arguments.budgets, arguments.selectors), checks
-    mine = eager_contender(recipe.attention, path, recipe)
+    if calibration is not None:
+        calibration.require(Checkpoint.open(path).sha256())
+    mine = eager_contender("calibrated" if calibration is not None else recipe.attention, path, recipe)
     if arguments.against is None:
         return [mine], checks
     if arguments.against != "dense":
@@ -298,7 +306,11 @@ def _refuse_unused(arguments: argparse.Namespace, is_bundle: bool, engine: str) 
             "--against and --budgets exclude each other: --budgets asks dense too",
         ),
         (arguments.selectors != ("chunk",) and not arguments.budgets, "--selectors is for --budgets"),
-        (is_bundle and recipe_from(arguments) != Recipe(), "a bundle computes what it was exported for"),
+        (arguments.calibration and arguments.budgets, "--budgets and --calibration exclude each other"),
+        (
+            is_bundle and (arguments.calibration or recipe_from(arguments) != Recipe()),
+            "a bundle computes what it was exported for",
+        ),
     )
     for given, reason in unused:
         if given:

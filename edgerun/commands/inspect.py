@@ -69,6 +69,9 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
         facts.append(
             (f"program {program['name']}", f"{program['target']}; ops {', '.join(program['operators']) or 'none'}")
         )
+    if calibration := manifest.get("calibration"):
+        target = f"a KL to dense of at most {calibration['max_kl_nats']} nats"
+        facts.append(("calibrated", f"for {target}; file sha256 {str(calibration['sha256'])[:16]}"))
     facts += [(f"parity {name}", _cell(value)) for name, value in manifest.get("parity", {}).items()]
     return dataclasses.replace(report, facts=tuple(facts), tables=tuple(tables))
 

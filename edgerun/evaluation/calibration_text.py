@@ -40,9 +40,7 @@ def read_texts(paths: Sequence[pathlib.Path]) -> list[str]:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise EdgerunError(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): leave it out"
-            ) from None
+            raise EdgerunError(f"{path} is no UTF-8 text ({error.reason}, byte {error.start}): leave it out") from None
     return texts
 
 

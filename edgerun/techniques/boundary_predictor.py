@@ -63,9 +63,9 @@ class BoundaryPredictor(nn.Module):
         """Queries, keys and values of windows, [gaps, 2w, 3C] -> [gaps]."""
         split = projected.reshape(*projected.shape[:2], 3, self.heads, -1)
         parts = split.permute(2, 0, 3, 1, 4)  # [3, gaps, heads, 2w, C / heads]
-        attended = functional.scaled_dot_product_attention(*parts.unbind(0))
+        attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
         encoded = self.norm(self.mixed(attended.transpose(1, 2).flatten(2)))  # [gaps, 2w, C]
-        left, right = (half.mean(dim=1) for half in encoded.split(BOUNDARY_WINDOW, dim=1))  # [gaps, C]
+        left, right = encoded[:, :BOUNDARY_WINDOW].mean(dim=1), encoded[:, BOUNDARY_WINDOW:].mean(dim=1)  # [gaps, C]
         cosine = functional.cosine_similarity(left, right, dim=1).unsqueeze(1)
         features = torch.cat([left, right, (left - right).abs(), left * right, cosine], dim=1)
         found: torch.Tensor = self.logit(functional.relu(self.hidden(features))).squeeze(1)
@@ -278,5 +278,5 @@ def area_under_roc(scores: torch.Tensor, labels: torch.Tensor) -> float:
 def _cosine_scores(keys: torch.Tensor) -> torch.Tensor:
     """1 - cosine of the mean keys on either side, for the gaps that the predictor judges: [L - 2w + 1]."""
     windows = keys.unfold(0, 2 * BOUNDARY_WINDOW, 1)  # [gaps, C, 2w]
-    left, right = (half.mean(dim=2) for half in windows.split(BOUNDARY_WINDOW, dim=2))
+    left, right = windows[..., :BOUNDARY_WINDOW].mean(dim=2), windows[..., BOUNDARY_WINDOW:].mean(dim=2)
     return 1.0 - functional.cosine_similarity(left, right, dim=1)

@@ -29,14 +29,15 @@ DENSE = LayerChoice()
 
 
 def cheapest(layers: Sequence[Sequence[Option]], limit: float) -> tuple[Option, ...]:
-    """One option for each layer, of least total cost with total divergence at most `limit`; of equal costs the earlier
-    option. Exact but for the rounding of divergences to limit / 2000, upwards.
+    """One option for each layer, of least total cost with total divergence at most `limit`; of a layer's options that
+    cost the same, the least divergent. Exact but for the rounding of divergences to limit / 2000, upwards.
 
     Every layer needs an option with divergence 0, the dense one, so that there is always an answer. Raises ValueError
     where one has none, or for a negative limit.
     """
     if limit < 0 or not all(any(option.divergence <= 0 for option in options) for options in layers):
         raise ValueError(f"limit {limit} must be at least 0, and every layer needs an option without divergence")
+    layers = [sorted(options, key=lambda option: option.divergence) for options in layers]
     steps = _STEPS if limit > 0 else 0
     cost = np.zeros(steps + 1)  # least cost of the layers so far by steps that they may use
     picks: list[np.ndarray] = []

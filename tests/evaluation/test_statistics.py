@@ -1,8 +1,10 @@
 """Intervals against published and hand-worked values."""
 
+import math
+
 import pytest
 
-from edgerun.evaluation.statistics import paired_difference, wilson_interval
+from edgerun.evaluation.statistics import mean_interval, paired_difference, wilson_interval
 
 
 # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
@@ -48,3 +50,18 @@ def test_paired_difference_agrees_with_the_normal_interval_on_many_pairs() -> No
 def test_paired_difference_refuses_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="2 and 1 samples"):
         paired_difference([1.0, 0.0], [1.0])
+
+
+def test_mean_interval_is_students() -> None:
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for n in (2, 3, 6, 31, 32, 200):
+        samples = [math.sin(i) for i in range(n)]
+        found = mean_interval(samples)
+        low, high = scipy.t.interval(0.95, n - 1, loc=found.estimate, scale=scipy.sem(samples))
+        assert found.estimate == pytest.approx(sum(samples) / n)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=5e-2 if n > 31 else 1e-3, abs=1e-6)
+
+
+def test_mean_interval_needs_two_samples() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_interval([1.0])

@@ -45,7 +45,9 @@ def test_as_cheap_as_the_best_of_all_combinations(seed: int) -> None:
     assert best(limit) - 1e-12 <= cost <= best(limit * (1 - len(layers) / 2000)) + 1e-12
 
 
-def test_of_equal_costs_the_earlier_option() -> None:
+def test_of_equal_costs_the_least_divergent() -> None:
+    (found,) = cheapest([options((0, 9.0), (0.03, 1.0), (0.01, 1.0), (0.02, 1.0))], 1.0)
+    assert found.divergence == 0.01
     assert cheapest([options((0, 1.0), (0.0, 1.0))], 0.01)[0].choice == DENSE
 
 
