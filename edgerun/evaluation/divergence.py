@@ -2,7 +2,8 @@
 
 The window's beginning is prefilled, its last tokens are fed one by one: a tile of a prompt shares one selection, which
 its later queries influence, and decode alone is free of that. Every measurement is a line of a record, named by the
-build (recipe and checkpoint) and by the window, so that a run that was stopped measures nothing twice.
+build (recipe and checkpoint) and by the window, so that a run that was stopped measures nothing twice. The dense logits
+of every window stay in memory: windows * (decoded tokens + 1) * vocabulary * 4 bytes.
 """
 
 from __future__ import annotations
