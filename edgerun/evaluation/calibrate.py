@@ -83,6 +83,11 @@ class Settings:
                 f"{self.decode_tokens} tokens are to be decoded of texts of {min(self.lengths)}: decode at least 1 and "
                 "at most half of the shortest length"
             )
+        if self.context() < max(self.lengths):
+            raise EdgerunError(
+                f"max_context is {self.max_context} tokens, below the longest length of {max(self.lengths)}: raise "
+                "--max-context, or lower --lengths"
+            )
         if not self.useful_budgets():
             raise EdgerunError(
                 f"no budget is below the longest length of {max(self.lengths)} tokens, so nothing would be sparse: "

@@ -233,6 +233,7 @@ def test_another_checkpoint_cannot_be_measured(outcome: Outcome, tmp_path: pathl
         ({"max_kl_nats": float("nan")}, "above 0"),
         ({"samples": 1}, "at least 2"),
         ({"decode_tokens": 200}, "at most half"),
+        ({"max_context": 128}, "below the longest length of 256"),
         ({"budgets": (256, 512)}, "nothing would be sparse"),
         ({"budgets": (96,)}, "below its minimum of 108"),
     ],
