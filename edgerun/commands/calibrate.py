@@ -223,7 +223,7 @@ def _tables(outcome: Outcome) -> tuple[Table, ...]:
     for layer, options in enumerate(outcome.alone):
         for option in options:
             taken = chosen is not None and chosen[layer] == option.choice
-            saved = -100 * option.cost * layers / outcome.dense_pairs
+            saved = 100 * (0.0 - option.cost) * layers / outcome.dense_pairs
             rows.append((layer, option.choice.name, "x" if taken else "", option.divergence, saved))
     columns = (
         Column("layer"),
