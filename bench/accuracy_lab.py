@@ -8,7 +8,7 @@
     python bench/accuracy_lab.py sample --work FOLDER   # two minutes of everything, as CI runs it
 
 Each stage prints its cost before it starts, and goes on where it was after a stop. Every contender answers the same
-samples under the same sink and tail; budgets give 12.5, 25 and 44 % causal density, (B / L)(2 - B / L). --calibration
+samples under the same sink and tail; budgets give 12.5, 25 and 44 % causal density, (B / L)(2 - B / L). --predictor
 names the file of `edgerun calibrate` that has the paper's trained boundary predictor; without it what needs one is
 left out.
 """
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("1", "2", "3", "needle", "report", "sample"))
     parser.add_argument("--model", default="zoo:text", help="a checkpoint's folder; default: %(default)s")
     parser.add_argument("--work", type=pathlib.Path, required=True, metavar="FOLDER", help="where the records are kept")
-    parser.add_argument("--calibration", type=pathlib.Path, metavar="FILE", help="with the trained boundary predictor")
+    parser.add_argument("--predictor", type=pathlib.Path, metavar="FILE", help="with the trained boundary predictor")
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: one a core (%(default)s)")
     parser.add_argument("--samples", type=int, help="of each task (1: prompts a length); default: 20, 100, 400, 10")
     parser.add_argument(
@@ -170,7 +170,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     quiet_libraries()
-    lab = Lab(checkpoint_path(given.model), given.work, given.processes, given.calibration)
+    lab = Lab(checkpoint_path(given.model), given.work, given.processes, given.predictor)
     lab.work.mkdir(parents=True, exist_ok=True)
     samples = {"1": 20, "2": 100, "3": 400, "needle": 10}
     if given.samples is not None and given.stage in samples:

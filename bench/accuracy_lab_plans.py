@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from edgerun.commands import eval_selectors
-from edgerun.commands.eval import eager_contender
+from edgerun.commands.eval_contenders import eager_contender
 from edgerun.evaluation.answers import Contender, Job
 from edgerun.recipe import DhsaOptions, Recipe
 from edgerun.selectors.registry import OP_SELECTORS, SELECTORS, needs_predictor
@@ -39,7 +39,7 @@ class Lab:
     model: pathlib.Path
     work: pathlib.Path
     processes: int
-    calibration: pathlib.Path | None = None
+    predictor: pathlib.Path | None = None
 
     def contender(self, selector: str, budget: int | None = None) -> Contender:
         """`dense`, or a selector at a budget. Raises EdgerunError for what cannot be."""
@@ -49,15 +49,15 @@ class Lab:
         name = selector if budget is None else f"{selector} {budget}"
         if selector in OP_SELECTORS:
             return eager_contender(name, self.model, Recipe(dhsa=dataclasses.replace(dhsa, selector=selector)))
-        return eager_contender(name, self.model, Recipe(dhsa=dhsa), selector, self.calibration)
+        return eager_contender(name, self.model, Recipe(dhsa=dhsa), selector, self.predictor)
 
     def base(self) -> Contender:
         """The model as it ships, in which stage 1 tries every selector."""
-        return eager_contender("dhsa", self.model, Recipe(), predictor=self.calibration)
+        return eager_contender("dhsa", self.model, Recipe(), predictor=self.predictor)
 
     def usable(self, selectors: Sequence[str]) -> tuple[str, ...]:
         """Those that need no predictor, or all where there is one."""
-        return tuple(name for name in selectors if self.calibration or not needs_predictor(name))
+        return tuple(name for name in selectors if self.predictor or not needs_predictor(name))
 
     @property
     def answers(self) -> pathlib.Path:

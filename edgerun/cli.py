@@ -23,7 +23,7 @@ from edgerun.commands.common import BAD_INPUT, INTERRUPTED, Exporter, Tools, quo
 from edgerun.errors import EdgerunError
 from edgerun.library_noise import quiet_libraries
 
-VERBS = ("demo", "export", "run", "validate", "bench", "eval", "inspect", "devices", "doctor")
+VERBS = ("demo", "calibrate", "export", "run", "validate", "bench", "eval", "inspect", "devices", "doctor")
 _EPILOG = """\
 begin with
   edgerun doctor                                        is everything there?

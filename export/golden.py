@@ -38,8 +38,11 @@ def golden_cases(model: CausalLM, recipe: Recipe, checkpoint: Checkpoint) -> lis
     weights = sum(tensor.numel() for tensor in (*model.parameters(), *_tables(model)))
     affordable = min(room, int(_MOST_WORK / max(weights, 1)))
     wanted = {"short": 5, "slices": recipe.prefill_slice + _RAGGED}
-    if recipe.attention == "dhsa" and any(one.kind == "dhsa" for one in model.options):
-        wanted["sparse"] = recipe.dhsa.budget + 2 * recipe.dhsa.tile + _RAGGED
+    # Long enough that every sparse layer selects; where that does not fit, that as many as can do.
+    budgets = {one.budget for one in model.options if one.kind == "dhsa"}
+    lengths = sorted(budget + 2 * recipe.dhsa.tile + _RAGGED for budget in budgets)
+    if lengths:
+        wanted["sparse"] = max((length for length in lengths if length <= affordable), default=lengths[0])
     cases: list[tuple[str, GoldenCase]] = []
     for name, tokens in wanted.items():
         if name != "sparse" or tokens <= affordable:

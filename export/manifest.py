@@ -89,7 +89,9 @@ def manifest(
             "eos_ids": checkpoint.token_id("eos_token_id"),
         },
         "attention": {
-            "layers": [{"kind": one.kind, "window": one.window or None} for one in model.options],
+            "layers": [
+                {"kind": one.kind, "window": one.window or None, "budget": one.budget or None} for one in model.options
+            ],
             "head_dim": model.head_dim,
             "query_heads": model.query_heads,
             "kv_heads": model.kv_heads,

@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from edgerun.bundle import Bundle, BundleWriter, GoldenCase, existing_build
+from edgerun.calibration import Calibration
 from edgerun.checkpoint import Checkpoint, Progress
 from edgerun.evaluation.fidelity import Noise, own_noise
 from edgerun.export.golden import golden_cases
@@ -26,6 +27,7 @@ def export_bundle(
     recipe: Recipe,
     out: pathlib.Path,
     *,
+    calibration: Calibration | None = None,
     memory_limit_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -33,15 +35,21 @@ def export_bundle(
     """Make the bundle `out` of a checkpoint folder and return it, verified on this host.
 
     A bundle of this very build at `out` is returned as it is. progress(stage, fraction) is called as stages advance.
-    Raises CheckpointError, ExportError, BundleError or ParityError; then, and after Ctrl-C, nothing is left at `out`.
+    calibration: where the recipe's choices for layers come from; the manifest records it, another checkpoint's is
+    refused. Raises CheckpointError, ExportError, BundleError, ParityError or, for a calibration, EdgerunError; then and
+    after Ctrl-C, nothing is left at `out`.
     """
     source = Checkpoint.open(checkpoint)
     recipe = resolve(source.config, recipe)
+    if calibration is not None:
+        calibration.require(source.sha256(progress))
+    origin = {} if calibration is None else {"calibration": calibration.manifest_entry()}
     memory = plan(source, recipe)
     if memory_limit_bytes is not None:
         memory.require(memory_limit_bytes)
     build = recipe.hash(source.sha256(progress))
-    if (existing := existing_build(out, build)) is not None:
+    existing = existing_build(out, build)
+    if existing is not None and existing.manifest.get("calibration") == origin.get("calibration"):
         return existing
     with BundleWriter(out, overwrite) as writer:
         model = load(source, recipe, progress, arithmetic=torch.float32)
@@ -54,9 +62,8 @@ def export_bundle(
         if memory_limit_bytes is not None:
             memory.require(memory_limit_bytes)  # again: the program may plan more than was foreseen
         _copy_tokenizer(source, writer)
-        facts = manifest(source, model, recipe, build, lowered, golden, noise) | {
-            "memory_plan": dataclasses.asdict(memory)
-        }
+        facts = manifest(source, model, recipe, build, lowered, golden, noise) | origin
+        facts |= {"memory_plan": dataclasses.asdict(memory)}
         del model
         parity = verify(writer.write_manifest(facts), progress)
         return writer.publish(facts | {"parity": parity})

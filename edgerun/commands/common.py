@@ -24,6 +24,7 @@ from edgerun.report import Report, Step, to_text
 
 if TYPE_CHECKING:
     from edgerun.bundle import Bundle
+    from edgerun.calibration import Calibration
     from edgerun.memory_plan import MemoryPlan
     from edgerun.video_recipe import VideoRecipe
 
@@ -42,6 +43,7 @@ class Exporter(Protocol):
         recipe: Recipe,
         out: pathlib.Path,
         *,
+        calibration: Calibration | None = None,
         memory_limit_bytes: int | None = None,
         overwrite: bool = False,
         progress: StageProgress | None = None,
@@ -152,11 +154,27 @@ def positive_list(text: str) -> tuple[int, ...]:
     return tuple(values)
 
 
+class _Stated(argparse.Action):
+    """Stores the value and remembers that the option was given, even where the value is the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.stated = (*getattr(namespace, "stated", ()), option)
+
+
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Every choice of the recipe as an option; `recipe_from` reads them."""
     recipe, dhsa = Recipe(), DhsaOptions()
     group = parser.add_argument_group("what the bundle computes")
-    group.add_argument("--attention", choices=("dhsa", "dense"), default=recipe.attention, help="default: %(default)s")
+    group.add_argument(
+        "--attention",
+        action=_Stated,
+        choices=("dhsa", "dense"),
+        default=recipe.attention,
+        help="default: %(default)s",
+    )
     group.add_argument("--max-context", type=positive, metavar="N", help="tokens; default: the model's own limit")
     group.add_argument(
         "--prefill-slice",
@@ -192,6 +210,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     sparse = parser.add_argument_group("sparse attention (with --attention dhsa)")
     sparse.add_argument(
         "--budget",
+        action=_Stated,
         type=positive,
         default=dhsa.budget,
         metavar="N",
@@ -199,16 +218,23 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
     sparse.add_argument(
         "--tile",
+        action=_Stated,
         type=positive,
         default=dhsa.tile,
         metavar="N",
         help="queries that share a selection; default: %(default)s",
     )
     sparse.add_argument(
-        "--sink", type=int, default=dhsa.sink, metavar="N", help="first tokens, always attended; default: %(default)s"
+        "--sink",
+        action=_Stated,
+        type=int,
+        default=dhsa.sink,
+        metavar="N",
+        help="first tokens, always attended; default: %(default)s",
     )
     sparse.add_argument(
         "--dense-tail",
+        action=_Stated,
         type=int,
         default=dhsa.dense_tail,
         metavar="N",
@@ -216,22 +242,37 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
     sparse.add_argument(
         "--dense-layers",
+        action=_Stated,
         type=int,
         default=dhsa.dense_layers,
         metavar="N",
         help="first layers that stay dense; default: %(default)s",
     )
-    sparse.add_argument("--chunking", choices=("fixed", "cosine"), default=dhsa.chunking, help="default: %(default)s")
     sparse.add_argument(
-        "--boundary-threshold", type=float, default=dhsa.boundary_threshold, metavar="X", help="default: %(default)s"
+        "--chunking", action=_Stated, choices=("fixed", "cosine"), default=dhsa.chunking, help="default: %(default)s"
+    )
+    sparse.add_argument(
+        "--boundary-threshold",
+        action=_Stated,
+        type=float,
+        default=dhsa.boundary_threshold,
+        metavar="X",
+        help="default: %(default)s",
     )
     poolings = ("mean", "sqrt", "centred", "minmax", "moments")
-    sparse.add_argument("--pooling", choices=poolings, default=dhsa.pooling, help="default: %(default)s")
     sparse.add_argument(
-        "--query-pooling", choices=("mean", "max"), default=dhsa.query_pooling, help="default: %(default)s"
+        "--pooling", action=_Stated, choices=poolings, default=dhsa.pooling, help="default: %(default)s"
+    )
+    sparse.add_argument(
+        "--query-pooling",
+        action=_Stated,
+        choices=("mean", "max"),
+        default=dhsa.query_pooling,
+        help="default: %(default)s",
     )
     sparse.add_argument(
         "--refine",
+        action=_Stated,
         type=int,
         default=dhsa.refine,
         metavar="N",
@@ -239,6 +280,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
     sparse.add_argument(
         "--reselect",
+        action=_Stated,
         type=int,
         default=dhsa.reselect,
         metavar="N",
@@ -246,16 +288,47 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "(bench/results/decode_selection.json); default: %(default)s",
     )
     sparse.add_argument(
-        "--selector", choices=("chunk", "block-topk", "window-sink"), default=dhsa.selector, help="default: %(default)s"
+        "--selector",
+        action=_Stated,
+        choices=("chunk", "block-topk", "window-sink"),
+        default=dhsa.selector,
+        help="default: %(default)s",
     )
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The recipe of `add_recipe_options`. Raises ExportError for a choice that is out of range."""
     values = vars(arguments)
-    dhsa = DhsaOptions(**{field.name: values[field.name] for field in dataclasses.fields(DhsaOptions)})
+    names = [field.name for field in dataclasses.fields(DhsaOptions) if field.name != "layers"]
+    dhsa = DhsaOptions(**{name: values[name] for name in names})
     own = {field.name: values[field.name] for field in dataclasses.fields(Recipe) if field.name != "dhsa"}
     return Recipe(dhsa=dhsa, **own)
+
+
+def add_calibration_option(parser: argparse.ArgumentParser) -> None:
+    """--calibration; `calibrated_recipe` reads it together with the recipe's options."""
+    parser.add_argument(
+        "--calibration",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="attend in every layer as `edgerun calibrate` chose; takes the place of the sparse attention options",
+    )
+
+
+def calibrated_recipe(arguments: argparse.Namespace) -> tuple[Recipe, Calibration | None]:
+    """The recipe of the options, its sparse attention that of --calibration where it is given.
+
+    Raises EdgerunError for a file that is no calibration, and for an option beside it that it decides.
+    """
+    recipe = recipe_from(arguments)
+    if arguments.calibration is None:
+        return recipe, None
+    from edgerun.calibration import Calibration
+
+    if stated := getattr(arguments, "stated", ()):
+        raise EdgerunError(f"{stated[0]} is given beside --calibration, which decides it: leave out one of them")
+    calibration = Calibration.open(arguments.calibration)
+    return dataclasses.replace(recipe, attention="dhsa", dhsa=calibration.dhsa), calibration
 
 
 class Clock:

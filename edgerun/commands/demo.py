@@ -28,6 +28,7 @@ from edgerun.commands.common import (
     emit,
     stage_bar,
 )
+from edgerun.commands.eval_contenders import budget_contenders
 from edgerun.commands.measure import force_on, generate_on
 from edgerun.evaluation.answers import Job
 from edgerun.library_noise import quiet_libraries
@@ -210,7 +211,7 @@ def _second_device(
 
 def _accuracy(checkpoint: pathlib.Path) -> Report:
     base = Recipe(max_context=ACCURACY_LENGTH)
-    contenders = evaluation.budget_contenders(checkpoint, base, ACCURACY_BUDGETS, ACCURACY_SELECTORS)
+    contenders = budget_contenders(checkpoint, base, ACCURACY_BUDGETS, ACCURACY_SELECTORS)
     jobs = evaluation.make_jobs("ruler", (ACCURACY_TASK,), (ACCURACY_LENGTH,), ACCURACY_SAMPLES, seed=1)
     report = evaluation.evaluate(contenders, jobs, processes=available_cores())
     return dataclasses.replace(report, plots=evaluation.budget_plots(contenders, report))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edgerun.commands.common import Tools, begin_report, checkpoint_path, emit, recipe_from
 from edgerun.errors import EdgerunError
 from edgerun.evaluation.answers import Contender, Job
-from edgerun.evaluation.statistics import paired_difference
+from edgerun.evaluation.statistics import bootstrap_mean
 from edgerun.report import Axis, Categories, Cell, Column, Estimate, HeatMap, Picture, Plot, Report, Series, Table
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """Measure and report. Raises EdgerunError for what cannot be measured."""
     import tqdm
 
-    from edgerun.commands.eval import eager_contender
+    from edgerun.commands.eval_contenders import eager_contender
     from edgerun.evaluation.selector_fidelity import measure_all
 
     path = checkpoint_path(arguments.model)
-    contender = eager_contender("dhsa", path, dataclasses.replace(recipe_from(arguments), attention="dhsa"))
+    recipe = dataclasses.replace(recipe_from(arguments), attention="dhsa")
+    contender = eager_contender("dhsa", path, recipe, predictor=arguments.predictor)
     budgets = arguments.budgets or (contender.recipe.dhsa.budget,)  # type: ignore[union-attr]
     names = selector_names(DEFAULT if arguments.selectors == ("chunk",) else arguments.selectors)
     jobs = selector_jobs(arguments.tasks or TASKS, arguments.lengths, arguments.samples, arguments.seed)
@@ -263,7 +264,7 @@ def spread(values: Sequence[float]) -> Estimate | None:
     """Mean with its bootstrap interval of 95 %; None of nothing."""
     if not values:
         return None
-    found = paired_difference(values, [0.0] * len(values))
+    found = bootstrap_mean(values)
     return Estimate(found.estimate, found.low, found.high, n=len(values))
 
 

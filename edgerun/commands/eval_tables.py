@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from edgerun.evaluation import ruler
 from edgerun.evaluation.answers import Answer, Contender, Job
 from edgerun.evaluation.perplexity import Loss
-from edgerun.evaluation.statistics import Interval, mean_interval, paired_difference, wilson_interval
+from edgerun.evaluation.statistics import Interval, bootstrap_mean, paired_difference, wilson_interval
 from edgerun.report import Cell, Column, Estimate, Table
 
 Answers = Mapping[tuple[str, Job], Answer]
@@ -153,7 +153,7 @@ def loss_table(answers: Answers, contenders: Sequence[Contender], jobs: Sequence
                     length,
                     contender.name,
                     len(bits),
-                    _estimate(mean_interval(bits), len(bits)),
+                    _estimate(bootstrap_mean(bits), len(bits)),
                     sum(loss.bits for loss in losses) / max(1, sum(loss.text_bytes for loss in losses)),
                     difference,
                     _mean_density(found),

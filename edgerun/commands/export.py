@@ -7,6 +7,7 @@ examples
   edgerun export zoo:text -o text.edgerun
   edgerun export ./Llama-3.2-1B -o llama.edgerun --quantize 8da4w --max-context 16384
   edgerun export ./Llama-3.2-1B -o llama.edgerun --dry-run --memory-limit 2GiB      what would it need?
+  edgerun export zoo:text -o text.edgerun --calibration text.calibration      every layer as `calibrate` chose
   edgerun export ./Open-Sora -o clip.edgerun --frames 51 --height 144 --width 256 --lpl 18 --tdtm 15
 """
 
@@ -20,10 +21,12 @@ from edgerun.commands import video
 from edgerun.commands.common import (
     GOOD,
     Tools,
+    add_calibration_option,
     add_output_options,
     add_recipe_options,
     begin_report,
     byte_size,
+    calibrated_recipe,
     checkpoint_path,
     emit,
     recipe_from,
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kind", choices=("auto", "text", "video"), default="auto", help="of the checkpoint; auto: by its folders"
     )
     add_recipe_options(parser)
+    add_calibration_option(parser)
     video.add_export_options(parser)
     place = parser.add_argument_group("where and how")
     place.add_argument("--memory-limit", type=byte_size, metavar="SIZE", help="refuse what needs more to run, as 4GiB")
@@ -65,13 +69,13 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     if arguments.output is None and not arguments.dry_run:
         raise ExportError("no --output is given: pass -o NAME.edgerun, or --dry-run for the memory plan alone")
     if _kind(arguments, checkpoint) == "video":
-        if recipe_from(arguments) != Recipe():
+        if recipe_from(arguments) != Recipe() or arguments.calibration is not None:
             raise ExportError("a text model's options are given for a video model: leave them out (--help has both)")
         return video.export(arguments, tools, checkpoint)
     of_video = ("frames", "height", "width", "steps", "guidance", "lpl", "tdtm", "blocks")
     if given := [name for name in of_video if getattr(arguments, name) is not None]:
         raise ExportError(f"--{given[0]} is for video models; {arguments.checkpoint} is a text model: leave it out")
-    recipe = recipe_from(arguments)
+    recipe, calibration = calibrated_recipe(arguments)
     exporter = tools.exporter()
     report = begin_report("export", f"edgerun export: {arguments.checkpoint}", tools.command)
     if arguments.dry_run:
@@ -83,6 +87,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
             checkpoint,
             recipe,
             arguments.output,
+            calibration=calibration,
             memory_limit_bytes=arguments.memory_limit,
             overwrite=arguments.overwrite,
             progress=progress,

@@ -16,6 +16,7 @@ from typing import Any
 from edgerun.bundle import Bundle
 from edgerun.commands.common import Tools, add_output_options, begin_report, emit
 from edgerun.commands.export import plan_table
+from edgerun.recipe import LayerChoice
 from edgerun.report import Cell, Column, Report, Table
 
 SUMMARY = "what a bundle holds"
@@ -49,7 +50,9 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
     recipe = manifest["recipe"]
     options = {name: value for name, value in recipe.items() if name != "dhsa"}
     if recipe.get("attention") == "dhsa":
-        options |= {f"dhsa.{name}": value for name, value in recipe["dhsa"].items()}
+        options |= {f"dhsa.{name}": value for name, value in recipe["dhsa"].items() if name != "layers"}
+        choices = (LayerChoice(**one) for one in recipe["dhsa"].get("layers", ()))
+        options |= {f"dhsa.layers.{index}": choice.name for index, choice in enumerate(choices)}
     tables = [
         Table(
             "Recipe", (Column("choice"), Column("value")), tuple((name, str(value)) for name, value in options.items())
@@ -66,6 +69,9 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
         facts.append(
             (f"program {program['name']}", f"{program['target']}; ops {', '.join(program['operators']) or 'none'}")
         )
+    if calibration := manifest.get("calibration"):
+        target = f"a KL to dense of at most {calibration['max_kl_nats']} nats"
+        facts.append(("calibrated", f"for {target}; file sha256 {str(calibration['sha256'])[:16]}"))
     facts += [(f"parity {name}", _cell(value)) for name, value in manifest.get("parity", {}).items()]
     return dataclasses.replace(report, facts=tuple(facts), tables=tuple(tables))
 

@@ -96,8 +96,8 @@ def validate_bundle(
     report = begin_report("validate", f"edgerun validate: {path} on {device.name}", command)
     facts: tuple[tuple[str, str], ...] = (("build", bundle.build), ("device", describe_facts(device.describe())))
     longest = max(len(case.prompt) + len(case.forced) for case in cases)
-    if bundle.recipe.attention == "dhsa" and longest <= bundle.recipe.dhsa.budget:
-        budget = f"every golden case fits the budget of {bundle.recipe.dhsa.budget:,} tokens, where attention is dense"
+    if bundle.recipe.attention == "dhsa" and longest <= (smallest := bundle.recipe.dhsa.budgets()[0]):
+        budget = f"every golden case fits the budget of {smallest:,} tokens, where attention is dense"
         facts += (("not exercised", f"sparse selection: {budget} (compare with `edgerun eval --against`)"),)
     note = "Teacher-forced, against the model's own logits; margin: the model's top-2 logit margin at the divergence."
     tables = (Table("Golden cases", _COLUMNS, tuple(rows), note),)

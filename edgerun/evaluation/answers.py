@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import multi_turn, needle, perplexity, ruler, threads
+from edgerun.evaluation import multi_turn, needle, perplexity, record_lines, ruler, threads
 from edgerun.evaluation.processes import run_tasks
 from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
 from edgerun.machine import available_cores
 from edgerun.recipe import Recipe
 
-if TYPE_CHECKING:
-    pass
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 SUITES = ("needle", "ruler", "threads", "multi-turn", "perplexity")
 
 
@@ -149,8 +143,7 @@ def answer_all(
     )
     for answer in work:
         if record is not None:
-            with record.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(answer.to_json()) + "\n")
+            record_lines.append(record, answer.to_json())
         answers[answer.build, answer.job] = answer
         done += 1
         if on_answer is not None:
@@ -163,20 +156,8 @@ def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
 
     Raises EdgerunError for another line that is not an answer.
     """
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-    answers = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            answer = Answer.from_json(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise EdgerunError(f"{path} line {number} is not an answer ({error}): pass another --output") from error
-        answers[answer.build, answer.job] = answer
-    return answers
+    answers = record_lines.read(path, Answer.from_json, "an answer")
+    return {(answer.build, answer.job): answer for answer in answers}
 
 
 def _over_ray(tasks: Sequence[tuple[Contender, Job]], address: str, processes: int | None) -> Iterable[Answer]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import fidelity, ruler
+from edgerun.evaluation import fidelity, record_lines, ruler
 from edgerun.evaluation.answerers import EagerAnswerer
 from edgerun.evaluation.answers import Contender, Job
 from edgerun.evaluation.processes import run_tasks
@@ -373,8 +372,8 @@ def measure_all(
         for one in found:
             known[one.key] = one
         if record is not None:
-            with record.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(one.to_json()) + "\n" for one in found)
+            for one in found:
+                record_lines.append(record, one.to_json())
         done += len(found)
         if on_done is not None:
             on_done(done, len(wanted))
@@ -396,20 +395,6 @@ def read_record(path: pathlib.Path | None) -> dict[tuple[object, ...], Measureme
 
     Raises EdgerunError for another line that is none.
     """
-    if path is None or not path.exists():
+    if path is None:
         return {}
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-    found = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            one = Measurement.from_json(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise EdgerunError(f"{path} line {number} is not a measurement ({error}): pass another --output") from error
-        found[one.key] = one
-    return found
-
-
-__all__ = ["DECODE", "DIVERGENCE", "PREFILL", "Measurement", "Probe", "Task", "measure", "measure_all", "recall"]
+    return {one.key: one for one in record_lines.read(path, Measurement.from_json, "a measurement")}

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgerun.errors import CheckpointError
-from edgerun.ops.dhsa_attention import AttentionOptions, AttentionState, attend
+from edgerun.ops.dhsa_attention import AttentionOptions, AttentionState, Chunking, attend
+from edgerun.recipe import MICRO_BLOCK
 from edgerun.techniques.dhsa import LayerAttention
 
 ATTENTION_NAME = "edgerun"
@@ -38,13 +39,22 @@ class AttentionSite:
 
 
 class SharedState(nn.Module):
-    """State that all sparse layers read: the chunk boundaries, found once per call."""
+    """State that all sparse layers read: the chunk boundaries, found once per call for each way of chunking."""
 
     boundaries: torch.Tensor
+    fixed_boundaries: torch.Tensor  # of the layers with fixed chunks, where others have cosine ones; else not there
 
-    def __init__(self, boundaries: torch.Tensor) -> None:
+    def __init__(self, options: Sequence[AttentionOptions], blocks: int) -> None:
         super().__init__()
-        self.register_buffer("boundaries", boundaries)
+        self._kinds = {one.chunking for one in options if one.budget > 0}
+        flags = torch.zeros(blocks + 1 if self._kinds else 0, dtype=torch.uint8)
+        self.register_buffer("boundaries", flags)
+        if len(self._kinds) > 1:
+            self.register_buffer("fixed_boundaries", flags.clone())
+
+    def boundaries_of(self, chunking: Chunking) -> torch.Tensor:
+        """The flags that a sparse layer which chunks so reads."""
+        return self.fixed_boundaries if len(self._kinds) > 1 and chunking == Chunking.FIXED else self.boundaries
 
 
 class Step:
@@ -88,9 +98,17 @@ class AttentionCache(nn.Module):
         """query [1, Hq, S, D], key and value [1, Hkv, S, D] → [1, S, Hq, D]."""
         input_pos = self.step.input_pos
         assert input_pos is not None, "a layer was called outside CausalLM.forward"
-        boundaries = self.step.shared.boundaries if self.options.budget > 0 else self.no_boundaries
+        options = self.options
+        boundaries = self.step.shared.boundaries_of(options.chunking) if options.budget > 0 else self.no_boundaries
         state = AttentionState(self.key_cache, self.value_cache, self.summaries, boundaries, self.selection)
         return attend(query, key, value, state, input_pos, self.options)
+
+
+def cache_of(site: AttentionSite) -> AttentionCache:
+    """The cache that `install` gave a layer: a module whose inputs are the layer's queries, keys and values."""
+    found = site.module.get_submodule(_CACHE_NAME)
+    assert isinstance(found, AttentionCache)
+    return found
 
 
 def register() -> None:
@@ -147,14 +165,12 @@ def find_sites(model: Any) -> list[AttentionSite]:
 
 
 def install(sites: list[AttentionSite], options: list[AttentionOptions], max_context: int, dtype: torch.dtype) -> Step:
-    """Give every layer its cache for `max_context` tokens, and all of them one Step."""
-    shared = SharedState(torch.zeros(0, dtype=torch.uint8))
+    """Give every layer its cache for `max_context` tokens, and all of them one Step. What they had is gone."""
+    shared = SharedState(options, -(-max_context // MICRO_BLOCK))
     step = Step(shared)
     for site, one in zip(sites, options, strict=True):
-        known = shared.boundaries if shared.boundaries.numel() else None
+        known = shared.boundaries_of(one.chunking)
         state = AttentionState.allocate(site.kv_heads, site.head_dim, max_context, one, dtype, known)
-        if one.budget > 0:
-            shared.boundaries = state.boundaries
         site.module.add_module(_CACHE_NAME, AttentionCache(one, state, step))
     return step
 

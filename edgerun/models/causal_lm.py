@@ -30,6 +30,7 @@ from edgerun.techniques.dhsa import layer_options
 LinearTransform = Callable[[nn.Linear], nn.Module]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_STATE = frozenset({"key_cache", "value_cache", "summaries", "boundaries", "fixed_boundaries", "selection"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class CausalLM(nn.Module):
         self.shared = step.shared
         self.step = step
         self.options = tuple(options)
+        self.sites = tuple(sites)
         self.head_dim = sites[0].head_dim
         self.query_heads = sites[0].query_heads
         self.kv_heads = sites[0].kv_heads
@@ -74,6 +76,18 @@ class CausalLM(nn.Module):
         logits: torch.Tensor = output.logits[:, -1]
         return logits.float()
 
+    def attend_as(self, recipe: Recipe) -> None:
+        """Attend as another recipe says from now on, with the same weights, context and cache dtype, and no state.
+
+        Raises ExportError for choices that are not for this model's layers.
+        """
+        recipe = dataclasses.replace(recipe, max_context=self.max_context)
+        options = attention_options(list(self.sites), recipe)
+        dtype = cached_attention.cache_of(self.sites[0]).key_cache.dtype
+        self.step = cached_attention.install(list(self.sites), options, self.max_context, dtype)
+        self.shared = self.step.shared
+        self.options = tuple(options)
+
     @property
     def vocab_size(self) -> int:
         """Number of logits."""
@@ -82,7 +96,7 @@ class CausalLM(nn.Module):
     def reset(self) -> None:
         """Zero the state. A call with input_pos 0 needs no reset."""
         for name, buffer in self.named_buffers():
-            if name.rsplit(".", 1)[-1] in ("key_cache", "value_cache", "summaries", "boundaries", "selection"):
+            if name.rsplit(".", 1)[-1] in _STATE:
                 buffer.zero_()
 
 

@@ -18,8 +18,9 @@ import torch
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention import Lists, native_lists
 from edgerun.ops.dhsa_attention_types import BOUNDARY_WINDOW
-from edgerun.recipe import BOUNDARY_REACH, MAX_CHUNK, MICRO_BLOCK
+from edgerun.recipe import MAX_CHUNK, MICRO_BLOCK
 from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, fold, merge_ranks
+from edgerun.techniques.boundary_predictor import learned_cuts
 
 Pool = Literal["mean", "sqrt", "centred", "minmax", "moments"]
 Cuts = Literal["shipped", "fixed", "gaps"]
@@ -104,8 +105,7 @@ class Pooled(RankedSelector):
         if self.cuts == "fixed":
             return edges % (self.chunk_tokens // MICRO_BLOCK) == 0
         assert self.logits is not None
-        cut = edges_above(boundary_logits(call, self.logits), call.blocks, self.threshold)
-        return cut | (edges % (MAX_CHUNK // MICRO_BLOCK) == 0)
+        return learned_cuts(boundary_logits(call, self.logits), self.threshold)[: call.blocks].bool()
 
 
 def boundary_logits(call: Call, predict: BoundaryLogits) -> torch.Tensor:
@@ -119,20 +119,6 @@ def boundary_logits(call: Call, predict: BoundaryLogits) -> torch.Tensor:
         known = torch.cat([known[:final], predict(call.keys[:, begin:])[final - begin :]])
         call.shared["boundary_logits"] = (layer, known)
     return known
-
-
-def edges_above(logits: torch.Tensor, blocks: int, threshold: float) -> torch.Tensor:
-    """bool [blocks]: edges with a gap logit above the threshold within 8 tokens; logits [n - 1] of the gaps i | i + 1.
-
-    An edge e is decided once the keys up to 16 e + 12 are there, so no later token can move it.
-    """
-    decided = (len(logits) + 1 - BOUNDARY_REACH) // MICRO_BLOCK  # edges 1..decided
-    above = torch.zeros(blocks, dtype=torch.bool)
-    if decided >= 1:
-        # The gap i | i + 1 stands before token i + 1, so edge e has the gaps 16 e - 9 to 16 e + 7.
-        nearby = torch.nn.functional.max_pool1d(logits[None, MICRO_BLOCK - 9 :], 17, stride=MICRO_BLOCK)[0]
-        above[1 : decided + 1] = nearby[:decided] > threshold
-    return above
 
 
 def pool_queries(query: torch.Tensor, call: Call, pooling: str) -> torch.Tensor:

@@ -70,7 +70,7 @@ def _paper(setting: Setting, logits: BoundaryLogits, threshold: float, *, equal:
 def _learned(setting: Setting) -> BoundaryLogits:
     if setting.logits is None:
         raise EdgerunError(
-            "learned boundaries need a trained predictor: pass --calibration with a file of `edgerun calibrate`"
+            "learned boundaries need a trained predictor: pass --predictor, a file of `edgerun calibrate`"
         )
     return setting.logits
 
@@ -167,12 +167,20 @@ def make(name: str, dhsa: DhsaOptions, predictor: BoundaryLogits | pathlib.Path 
     Raises EdgerunError for a name or a setting that cannot be.
     """
     if isinstance(predictor, pathlib.Path):
-        raise EdgerunError("no calibration can be read yet")
+        predictor = _logits_of(predictor) if needs_predictor(name) else None
     made = []
     for part in split(name):
         entry, value = parse(part)
         made.append(entry.make(Setting(dhsa, value, predictor)))
     return Engine(made[0], made[-1])
+
+
+def _logits_of(calibration: pathlib.Path) -> BoundaryLogits:
+    from edgerun.calibration import load_predictor
+    from edgerun.techniques.boundary_predictor import boundary_logits
+
+    trained = load_predictor(calibration)
+    return lambda keys: boundary_logits(trained, keys)
 
 
 def needs_predictor(name: str) -> bool:

@@ -48,7 +48,7 @@ def test_budgets_give_the_densities_that_are_said() -> None:
 
 def test_what_needs_a_predictor_waits_for_a_calibration(lab: plans.Lab, tmp_path: pathlib.Path) -> None:
     assert "paper-v1" not in lab.usable(plans.FINALISTS)
-    calibrated = dataclasses.replace(lab, calibration=tmp_path / "any")
+    calibrated = dataclasses.replace(lab, predictor=tmp_path / "any")
     assert calibrated.usable(plans.FINALISTS) == plans.FINALISTS
 
 

@@ -9,7 +9,8 @@ import pathlib
 import pytest
 
 from edgerun import cli
-from edgerun.commands.eval import budget_contenders, eager_contender, evaluate, make_jobs
+from edgerun.commands.eval import evaluate, make_jobs
+from edgerun.commands.eval_contenders import budget_contenders, eager_contender
 from edgerun.errors import EdgerunError
 from edgerun.evaluation.answers import Answer, Contender, Job, answer_all, read_record
 from edgerun.evaluation.sample import Sample

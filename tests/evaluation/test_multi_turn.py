@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from edgerun.commands.eval import eager_contender, make_jobs
+from edgerun.commands.eval import make_jobs
+from edgerun.commands.eval_contenders import eager_contender
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity, multi_turn
 from edgerun.evaluation.answerers import EagerAnswerer

@@ -14,7 +14,8 @@ import tokenizers
 import torch
 
 from edgerun import cli
-from edgerun.commands.eval import eager_contender, held_out_files
+from edgerun.commands.eval import held_out_files
+from edgerun.commands.eval_contenders import eager_contender
 from edgerun.commands.eval_tables import loss_table
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import held_out_text, perplexity

@@ -9,7 +9,8 @@ import types
 
 import pytest
 
-from edgerun.commands.eval import eager_contender, make_jobs
+from edgerun.commands.eval import make_jobs
+from edgerun.commands.eval_contenders import eager_contender
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import ray_workers
 from edgerun.evaluation.answers import Answer, Contender, Job, answer_all

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from edgerun.evaluation.statistics import mean_interval, paired_difference, wilson_interval
+from edgerun.evaluation.statistics import bootstrap_mean, mean_interval, paired_difference, wilson_interval
 
 
 # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
@@ -52,12 +52,27 @@ def test_paired_difference_refuses_unequal_lengths() -> None:
         paired_difference([1.0, 0.0], [1.0])
 
 
-def test_mean_interval_agrees_with_the_normal_interval_on_many_samples() -> None:
+def test_bootstrap_mean_agrees_with_the_normal_interval_on_many_samples() -> None:
     values = [math.sin(i) for i in range(2000)]
     mean = sum(values) / 2000
     half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / 2000 / 2000)
-    found = mean_interval(values)
+    found = bootstrap_mean(values)
     assert found.estimate == pytest.approx(mean)
     assert (found.low, found.high) == (pytest.approx(mean - half, abs=0.003), pytest.approx(mean + half, abs=0.003))
     with pytest.raises(ValueError, match="0 samples"):
-        mean_interval([])
+        bootstrap_mean([])
+
+
+def test_mean_interval_is_students() -> None:
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for n in (2, 3, 6, 31, 32, 200):
+        samples = [math.sin(i) for i in range(n)]
+        found = mean_interval(samples)
+        low, high = scipy.t.interval(0.95, n - 1, loc=found.estimate, scale=scipy.sem(samples))
+        assert found.estimate == pytest.approx(sum(samples) / n)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=5e-2 if n > 31 else 1e-3, abs=1e-6)
+
+
+def test_mean_interval_needs_two_samples() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_interval([1.0])

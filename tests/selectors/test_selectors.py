@@ -26,7 +26,7 @@ from edgerun.selectors import registry
 from edgerun.selectors.estimates import Antidiagonal, Margin, Oracle, Threshold, VerticalSlash, exact_mass
 from edgerun.selectors.interface import BlockSelector, Call, Rotation, choose, merge_ranks
 from edgerun.selectors.paper import PaperAttention
-from edgerun.selectors.pooled import Pooled, edges_above, summaries
+from edgerun.selectors.pooled import Pooled, summaries
 from tests.selectors.calls import GROUP, HEAD_DIM, KV_HEADS, continued, make_call
 
 BUDGETED = [n for n, e in registry.SELECTORS.items() if not n.startswith("paper") and not e.needs_predictor]
@@ -216,16 +216,6 @@ def test_vertical_slash_finds_a_column_and_a_diagonal() -> None:
     order = found[0, 0].masked_fill(~call.candidates[0], -math.inf).sort(descending=True).indices.tolist()
     assert order[0] == 100 // MICRO_BLOCK
     assert set(range(248 // MICRO_BLOCK, 311 // MICRO_BLOCK + 1)) <= set(order[:10])
-
-
-def test_edges_are_cut_by_gaps_within_eight_tokens() -> None:
-    """The gap before token g is entry g - 1; edges at 16, 32, 48 hear gaps from 8 before to 8 after."""
-    for gap, edges in ((7, []), (8, [1]), (24, [1, 2]), (25, [2]), (40, [2, 3]), (41, [3]), (56, [3]), (57, [])):
-        logits = torch.zeros(63)
-        logits[gap - 1] = 1.0
-        assert edges_above(logits, 4, 0.5).nonzero().flatten().tolist() == edges, gap
-    undecided = torch.ones(58)  # 59 tokens: the edge at 48 waits for token 60
-    assert edges_above(undecided, 4, 0.5).nonzero().flatten().tolist() == [1, 2]
 
 
 def test_ranks_are_merged_in_turns() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgerun.commands import eval_selectors
-from edgerun.commands.eval import eager_contender
+from edgerun.commands.eval_contenders import eager_contender
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity
 from edgerun.evaluation.answers import Contender, Job

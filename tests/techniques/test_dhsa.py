@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from edgerun.recipe import DhsaOptions
+import pytest
+
+from edgerun.errors import ExportError
+from edgerun.ops.dhsa_attention_types import Chunking, Pooling, Selector
+from edgerun.recipe import DhsaOptions, LayerChoice
 from edgerun.techniques.dhsa import LayerAttention, layer_options
 
 FULL = LayerAttention(scale=0.125, softcap=50.0)
@@ -26,3 +30,25 @@ def test_scale_softcap_and_window_reach_the_op() -> None:
     sparse, windowed = layer_options(DhsaOptions(), [FULL, WINDOWED])
     assert (sparse.scale, sparse.softcap, sparse.window) == (0.125, 50.0, 0)
     assert (windowed.scale, windowed.softcap, windowed.window) == (0.125, 50.0, 512)
+
+
+def test_layers_may_differ_and_each_way_of_chunking_has_its_finder() -> None:
+    choices = (
+        LayerChoice(256, "window-sink"),
+        LayerChoice(),
+        LayerChoice(512),
+        LayerChoice(1024, "block-topk"),
+        LayerChoice(512),
+    )
+    options = layer_options(DhsaOptions().with_layers(choices), [FULL, FULL, FULL, FULL, WINDOWED])
+    assert [layer.kind for layer in options] == ["dhsa", "dense", "dhsa", "dhsa", "window"]
+    assert [layer.budget for layer in options] == [256, 0, 512, 1024, 0]
+    assert [layer.finds_boundaries for layer in options] == [True, False, True, False, False]
+    assert options[0].chunking == options[3].chunking == Chunking.FIXED != options[2].chunking
+    assert options[3].pooling == Pooling.MEAN and options[0].selector == Selector.RECENT
+
+
+def test_choices_for_another_model_are_refused() -> None:
+    dhsa = DhsaOptions().with_layers((LayerChoice(512),))
+    with pytest.raises(ExportError, match="choices for 1 layers, the model has 2"):
+        layer_options(dhsa, [FULL, FULL])
