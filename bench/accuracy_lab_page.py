@@ -140,12 +140,13 @@ def needle_maps(answers: Answers, plans: Sequence[Plan]) -> tuple[HeatMap, ...]:
 
 def boundary_table(found: Sequence[Measurement]) -> Table:
     """Chunk rules at equal density, differences from the rule that ships, prompt by prompt."""
-    rules = ("shipped", "moments-fixed@32", "moments-fixed", "moments-cosine@0.5", "moments-cosine@0.75")
+    rules = ("shipped", "moments-fixed@32", "moments-fixed", "moments-cosine@0.4", "moments-cosine@0.5")
     rules += tuple(dict.fromkeys(o.selector for o in found if o.selector.startswith("moments-learned")))
     columns = (
         Column("length", "tokens"),
         Column("budget", "tokens"),
         Column("chunks"),
+        Column("mean chunk", "tokens", 0),
         Column("prefill: of the oracle's − moments", "points", 2),
         Column("decode: of the oracle's − moments", "points", 2),
         Column("n"),
@@ -175,7 +176,9 @@ def boundary_table(found: Sequence[Measurement]) -> Table:
                     gap = paired_difference(mine, base)
                     differences.append(Estimate(gap.estimate, gap.low, gap.high, n=len(both)))
                 if count:
-                    rows.append((length, budget, rule, *differences, count))
+                    sizes = [o.chunk_tokens for o in found if o.selector == rule and o.job.length == length]
+                    known = [size for size in sizes if size is not None]
+                    rows.append((length, budget, rule, sum(known) / len(known) if known else None, *differences, count))
     note = (
         "Chunk rules under one scoring (moments) at the same budget. shipped: cosine cuts at 0.25 (in decode with its "
         "second ranking); fixed@N: every N tokens; cosine@T: fewer, longer chunks; learned: the paper's predictor by "

@@ -20,7 +20,8 @@ DEFAULT = "chunk"  # what ships
 FINALISTS = (DEFAULT, "recent/shipped", "paper-v1", "block-topk", "window-sink")
 MIXTURES = ("recent/shipped", "oracle/shipped", "vertical-slash/shipped", "antidiagonal/shipped")
 MIXTURES += ("shipped/dense", "shipped/oracle", "shipped/quest", "shipped/minmax")
-VARIANTS = ("moments-fixed@32", "moments-cosine@0.5", "moments-cosine@0.75", "antidiagonal@16")
+VARIANTS = ("moments-fixed@32", "moments-cosine@0.4", "moments-cosine@0.5", "moments-learned@1.7", "moments-learned@2")
+VARIANTS += ("antidiagonal@16",)
 TITLES = {
     "dense": "dense",
     "chunk": "DHSA, as it ships",

@@ -32,6 +32,7 @@ from edgerun.selectors.attention import Engine
 from edgerun.selectors.estimates import exact_logits, exact_mass
 from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, choose, everything
 from edgerun.selectors.paper import PaperAttention
+from edgerun.selectors.pooled import Pooled
 from edgerun.selectors.simple import Dense
 
 PREFILL, DECODE, DIVERGENCE = "prefill", "decode", "divergence"
@@ -46,7 +47,8 @@ class Measurement:
     """One selector at one budget on one prompt.
 
     kind prefill and decode: recall. held and best: mean share of a row's attention in the listed blocks, and in the
-    best ones of the same number, by layer and KV head. kind divergence: means over the answer's positions.
+    best ones of the same number, by layer and KV head; chunk_tokens: mean length of a chunk where there are some. kind
+    divergence: means over the answer's positions.
     """
 
     build: str
@@ -60,6 +62,7 @@ class Measurement:
     kl_nats: float | None = None
     top1: float | None = None
     seconds: float = 0.0
+    chunk_tokens: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -83,6 +86,7 @@ class Probe(BlockSelector):
     def __init__(self, selectors: dict[str, BlockSelector | PaperAttention], budgets: Sequence[int]) -> None:
         self.selectors, self.budgets = selectors, budgets
         self.asks = True
+        self.chunk_tokens: dict[str, float] = {}
         # by (kind, selector, budget), then by layer: one entry a call
         self.found: dict[tuple[str, str, int], dict[int, list[Recall]]] = {}
 
@@ -96,6 +100,9 @@ class Probe(BlockSelector):
                 continue
             memory, shared = (where.setdefault(name, {}) for where in (call.memory, call.shared))
             mine = dataclasses.replace(call, memory=memory, shared=shared)
+            if isinstance(selector, Pooled):
+                starts = selector.chunk_starts(mine)
+                self.chunk_tokens[name] = MICRO_BLOCK * len(starts) / int(starts.sum())
             scores = selector.scores(mine) if isinstance(selector, RankedSelector) else None
             for budget in self.budgets:
                 one = dataclasses.replace(mine, options=dataclasses.replace(call.options, budget=budget))
@@ -271,7 +278,8 @@ def _recalls(task: Task, answerer: EagerAnswerer, ids: list[int], forced: list[i
         density = sum(one[2] for one in everyone) / sum(one[3] for one in everyone)
         held = tuple(_means([one[0] for one in calls]) for calls in layers.values())
         best = tuple(_means([one[1] for one in calls]) for calls in layers.values())
-        found.append(Measurement(build_of(contender, name), kind, name, budget, task.job, density, held, best))
+        one = Measurement(build_of(contender, name), kind, name, budget, task.job, density, held, best)
+        found.append(dataclasses.replace(one, chunk_tokens=probe.chunk_tokens.get(name)))
     return found
 
 

@@ -111,11 +111,11 @@ def test_needle_maps_stand_side_by_side(lab: plans.Lab) -> None:
 def test_boundaries_are_compared_prompt_by_prompt() -> None:
     jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(3)]
     found = [
-        Measurement("b", "prefill", name, 274, job, 0.2, ((held,),), ((1.0,),))
+        Measurement("b", "prefill", name, 274, job, 0.2, ((held,),), ((1.0,),), chunk_tokens=64.0)
         for name, held in (("moments", 0.9), ("moments-fixed", 0.8))
         for job in jobs
     ]
     (row,) = boundary_table(found).rows
-    assert row[:3] == (2048, 274, "moments-fixed")
-    assert isinstance(row[3], Estimate) and row[3].value == pytest.approx(-10.0)
-    assert row[4] is None and row[5] == 3
+    assert row[:4] == (2048, 274, "moments-fixed", 64.0)
+    assert isinstance(row[4], Estimate) and row[4].value == pytest.approx(-10.0)
+    assert row[5] is None and row[6] == 3
