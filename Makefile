@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help set-up packages demo test test-slow test-all lint format bench bench-full arm64 clean
+.PHONY: help set-up packages demo test test-slow test-all lint format bench bench-full lab-sample arm64 clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +56,9 @@ bench: set-up  ## the attention benchmark on a reduced grid, into bench/results/
 bench-full: set-up  ## the attention benchmark on its whole grid; hours, and the same command goes on after a stop
 	$(BIN)/python bench/ops/dhsa_attention.py --grid full
 	$(BIN)/python bench/speedup_picture.py
+
+lab-sample: set-up  ## two minutes of the accuracy lab, checked for what must hold, into build/accuracy_lab/
+	$(BIN)/python bench/accuracy_lab.py sample --work build/accuracy_lab
 
 arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, where a cross compiler is
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \
