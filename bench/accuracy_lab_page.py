@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from bench.accuracy_lab_plans import (
     BUDGETS,
     DEFAULT,
-    DEPTHS,
     LENGTH,
     SOLVED,
     TITLES,
@@ -20,11 +19,12 @@ from bench.accuracy_lab_plans import (
 )
 from edgerun.commands import eval_selectors
 from edgerun.commands.common import begin_report
+from edgerun.commands.eval_tables import needle_maps
 from edgerun.evaluation import selector_fidelity
 from edgerun.evaluation.answers import Answer, Contender, Job, read_record
 from edgerun.evaluation.selector_fidelity import Measurement
 from edgerun.evaluation.statistics import Interval, paired_difference, wilson_interval
-from edgerun.report import Axis, Categories, Cell, Column, Estimate, HeatMap, Plot, Report, Series, Table
+from edgerun.report import Axis, Cell, Column, Estimate, HeatMap, Plot, Report, Series, Table
 
 Answers = dict[tuple[str, Job], Answer]
 
@@ -108,33 +108,23 @@ def accuracy_plot(answers: Answers, plan: Plan, task: str) -> Plot | None:
     )
 
 
-def needle_maps(answers: Answers, plans: Sequence[Plan]) -> tuple[HeatMap, ...]:
-    """Depth by length for each contender, side by side."""
+def maps_of_needles(answers: Answers, plans: Sequence[Plan]) -> tuple[HeatMap, ...]:
+    """Depth by length for dense, the default and window + sink, side by side; budgets differ by length."""
     maps = []
     for place, name in enumerate(("dense", DEFAULT, "window-sink")):
-        values = []
-        for depth in DEPTHS:
-            row: list[float | None] = []
-            for plan in plans:
-                jobs = [job for job in answered(answers, plan) if job.task == f"depth_{depth}"]
-                shares = right(answers, plan.contenders[place], jobs)
-                row.append(100 * sum(shares) / len(shares) if shares else None)
-            values.append(tuple(row))
-        ticks = tuple(f"{plan.jobs[0].length:,}" for plan in plans)
-        maps.append(
-            HeatMap(
-                TITLES[name],
-                Categories("length", "tokens", ticks),
-                Categories("depth", "%", tuple(str(d) for d in DEPTHS)),
-                tuple(values),
-                "%",
-                0.0,
-                100.0,
-                "" if name == "dense" else "budgets " + ", ".join(str(b[0]) for b in BUDGETS.values()),
-                group="One needle in noise: right answers by depth and length",
-                digits=0,
-            )
-        )
+        # A contender has one build a length, so its answers are looked up by those of the first.
+        merged: dict[tuple[str, Job], Answer] = {}
+        jobs: list[Job] = []
+        first = plans[0].contenders[place]
+        for plan in plans:
+            done = answered(answers, plan)
+            jobs += done
+            merged |= {(first.build, job): answers[plan.contenders[place].build, job] for job in done}
+        if jobs:
+            (one,) = needle_maps(merged, [first], jobs)
+            budgets = ", ".join(str(plan.contenders[place].name.split()[-1]) for plan in plans)
+            note = one.note if name == "dense" else f"{one.note}; budgets {budgets}"
+            maps.append(dataclasses.replace(one, title=TITLES[name], note=note))
     return tuple(maps)
 
 
@@ -209,7 +199,7 @@ def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:
         of_stage = eval_selectors.selectors_report(found, lab.base(), command)
         tables += of_stage.tables
         plots += of_stage.plots
-    maps = needle_maps(answers, needles) if any(answered(answers, plan) for plan in needles) else ()
+    maps = maps_of_needles(answers, needles)
     pictures = ()
     if found:
         job = max((o.job for o in found if o.job.task == "niah_multikey_2"), key=lambda job: job.length)

@@ -223,7 +223,8 @@ def evaluate(
     report = begin_report("eval", f"edgerun eval: {jobs[0].suite}, {len(jobs)} samples", command)
     facts = tuple((f"build of {c.name}", c.build) for c in contenders)
     shown = eval_tables.tables(answers, contenders, jobs)
-    return dataclasses.replace(report, facts=facts, tables=shown, notes=eval_tables.notes(jobs))
+    maps = eval_tables.needle_maps(answers, contenders, jobs)
+    return dataclasses.replace(report, facts=facts, tables=shown, heat_maps=maps, notes=eval_tables.notes(jobs))
 
 
 def budget_plots(contenders: Sequence[Contender], report: Report) -> tuple[Plot, ...]:

@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
             names,
             budgets,
             processes=arguments.processes,
+            ray=arguments.ray,
             record=arguments.output,
             on_done=on_done,
         )

@@ -8,7 +8,7 @@ from edgerun.evaluation import ruler
 from edgerun.evaluation.answers import Answer, Contender, Job
 from edgerun.evaluation.perplexity import Loss
 from edgerun.evaluation.statistics import Interval, bootstrap_mean, paired_difference, wilson_interval
-from edgerun.report import Cell, Column, Estimate, Table
+from edgerun.report import Categories, Cell, Column, Estimate, HeatMap, Table
 
 Answers = Mapping[tuple[str, Job], Answer]
 Grid = tuple[tuple[int, ...], tuple[float, ...], tuple[tuple[float | None, ...], ...]]
@@ -22,10 +22,7 @@ def tables(answers: Answers, contenders: Sequence[Contender], jobs: Sequence[Job
     """What a report of these jobs, all of one suite, shows; the first contender is compared with."""
     if jobs[0].suite == "perplexity":
         return (loss_table(answers, contenders, jobs),)
-    found = (answer_table(answers, contenders, jobs),)
-    if jobs[0].suite != "needle":
-        return found
-    return (*found, *(needle_table(answers, contender, jobs) for contender in contenders))
+    return (answer_table(answers, contenders, jobs),)
 
 
 def notes(jobs: Sequence[Job]) -> tuple[str, ...]:
@@ -129,12 +126,28 @@ def needle_grid(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> 
     return lengths, depths, values
 
 
-def needle_table(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> Table:
-    """The grid of one contender as a table: a row for each depth, a column for each length."""
-    lengths, depths, values = needle_grid(answers, contender, jobs)
-    columns = (Column("depth", "%"), *(Column(f"{length:,} tokens", "%", 1) for length in lengths))
-    rows = tuple((depth, *row) for depth, row in zip(depths, values, strict=True))
-    return Table(f"Needles found: {contender.name}", columns, rows, "depth 0: the haystack's first line, 100: its last")
+def needle_maps(answers: Answers, contenders: Sequence[Contender], jobs: Sequence[Job]) -> tuple[HeatMap, ...]:
+    """Depth by length, one map a contender, side by side; none for another suite."""
+    if jobs[0].suite != "needle":
+        return ()
+    maps = []
+    for contender in contenders:
+        lengths, depths, values = needle_grid(answers, contender, jobs)
+        maps.append(
+            HeatMap(
+                contender.name,
+                Categories("length", "tokens", tuple(f"{length:,}" for length in lengths)),
+                Categories("depth", "%", tuple(f"{depth:g}" for depth in depths)),
+                values,
+                "%",
+                0.0,
+                100.0,
+                "depth 0: the haystack's first line, 100: its last",
+                group="Needles found, by depth and length",
+                digits=0,
+            )
+        )
+    return tuple(maps)
 
 
 def loss_table(answers: Answers, contenders: Sequence[Contender], jobs: Sequence[Job]) -> Table:

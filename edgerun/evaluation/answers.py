@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import multi_turn, needle, perplexity, record_lines, ruler, threads
-from edgerun.evaluation.processes import run_tasks
+from edgerun.evaluation.processes import run_anywhere
 from edgerun.evaluation.sample import Sample, TokenCounter, count_utf8_bytes
-from edgerun.machine import available_cores
 from edgerun.recipe import Recipe
 
 SUITES = ("needle", "ruler", "threads", "multi-turn", "perplexity")
@@ -49,6 +48,10 @@ class Job:
         except ValueError as error:
             raise EdgerunError(str(error)) from error
 
+    def absolute(self) -> Job:
+        """With its paths in full."""
+        return dataclasses.replace(self, files=tuple(path.absolute() for path in self.files))
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
@@ -63,6 +66,11 @@ class Contender:
     build: str
     selector: str | None = None
     predictor: pathlib.Path | None = None
+
+    def absolute(self) -> Contender:
+        """With its paths in full: who answers may work in another folder."""
+        predictor = None if self.predictor is None else self.predictor.absolute()
+        return dataclasses.replace(self, path=self.path.absolute(), predictor=predictor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +144,8 @@ def answer_all(
     wanted = [(contender, job) for contender in contenders for job in jobs]
     missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
     done = len(wanted) - len(missing)
-    work = (
-        run_tasks(_answer, missing, processes or available_cores())
-        if ray is None
-        else _over_ray(missing, ray, processes)
-    )
+    tasks = [(contender.absolute(), job.absolute()) for contender, job in missing]
+    work = run_anywhere(_answer, tasks, processes, ray, _describe)
     for answer in work:
         if record is not None:
             record_lines.append(record, answer.to_json())
@@ -160,10 +165,9 @@ def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
     return {(answer.build, answer.job): answer for answer in answers}
 
 
-def _over_ray(tasks: Sequence[tuple[Contender, Job]], address: str, processes: int | None) -> Iterable[Answer]:
-    from edgerun.evaluation import ray_workers  # it imports this module
-
-    return ray_workers.work(tasks, address, processes)
+def _describe(task: tuple[Contender, Job]) -> str:
+    contender, job = task
+    return f"{contender.name}, {job.task} at {job.length} tokens, sample {job.index}"
 
 
 def _answer(task: tuple[Contender, Job]) -> Answer:

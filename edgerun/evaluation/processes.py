@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from edgerun.library_noise import quiet_libraries
+from edgerun.machine import available_cores
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -29,6 +30,21 @@ def run_tasks(work: Callable[[_T], _R], tasks: Sequence[_T], processes: int) -> 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def run_anywhere(
+    work: Callable[[_T], _R],
+    tasks: Sequence[_T],
+    processes: int | None,
+    ray: str | None,
+    describe: Callable[[_T], str],
+) -> Iterable[_R]:
+    """`run_tasks`, one process a core by default, or the same on the Ray cluster of an address."""
+    if ray is None:
+        return run_tasks(work, tasks, processes or available_cores())
+    from edgerun.evaluation import ray_workers  # it imports this module
+
+    return ray_workers.run_tasks(work, tasks, ray, processes, describe)
 
 
 def _start_process() -> None:

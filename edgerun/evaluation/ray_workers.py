@@ -1,29 +1,28 @@
-"""Answer evaluation jobs on a Ray cluster: the same jobs and answers as in processes here, over many machines.
+"""Do evaluation's tasks on a Ray cluster: the same tasks and results as in processes here, over many machines.
 
-Ray places and moves what is computed; ours is only one actor a worker, which keeps one contender loaded and takes the
-next job when it is done. Every machine needs edgerun, Ray in the same version, and the model under the same path. A
+Ray places and moves what is computed; ours is only one actor a worker, which keeps one model loaded and takes the next
+task when it is done. Every machine needs edgerun, Ray in the same version, and the model under the same path. A
 cluster that asks for a token takes it as Ray's own documentation says, from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from edgerun.errors import EdgerunError
-from edgerun.evaluation.answers import Answer, Contender, Job, answer_one
 from edgerun.evaluation.processes import start_worker
 
 LOCAL = "local"
 _CONNECT_S = 5.0
-Task = tuple[Contender, Job]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class _Worker:
@@ -32,16 +31,22 @@ class _Worker:
     def __init__(self) -> None:
         start_worker()
 
-    def answer(self, contender: Contender, job: Job) -> Answer:
-        return answer_one(contender, job)
+    def do(self, function: Callable[[Any], Any], task: Any) -> Any:
+        return function(task)
 
 
-def work(tasks: Sequence[Task], address: str, processes: int | None) -> Iterator[Answer]:
-    """The answers to (contender, job) pairs, as they come.
+def run_tasks(
+    function: Callable[[_T], _R],
+    tasks: Sequence[_T],
+    address: str,
+    processes: int | None,
+    describe: Callable[[_T], str],
+) -> Iterator[_R]:
+    """What `function` gives for each task, as it comes; paths in a task must be absolute, as workers are elsewhere.
 
     address: of a cluster, "auto" for the one that runs on this machine, "local" for a new one. processes: most workers;
-    None: one for each CPU of the cluster. Raises EdgerunError without Ray or a cluster, for a job that fails, and for a
-    worker that dies.
+    None: one for each CPU of the cluster. describe: a task in words, for a message. Raises EdgerunError without Ray or
+    a cluster, for a task that fails, and for a worker that dies.
     """
     if not tasks:
         return
@@ -49,19 +54,19 @@ def work(tasks: Sequence[Task], address: str, processes: int | None) -> Iterator
         actor = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
         workers = [actor.remote() for _ in range(min(len(tasks), processes or cpus, cpus))]
         waiting = iter(tasks)
-        running: dict[Any, tuple[Any, Task]] = {}
+        running: dict[Any, tuple[Any, _T]] = {}
 
         def begin(worker: Any) -> None:
             task = next(waiting, None)
             if task is not None:
-                running[worker.answer.remote(_absolute(task[0]), _absolute(task[1]))] = worker, task
+                running[worker.do.remote(function, task)] = worker, task
 
         for worker in workers:
             begin(worker)
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             worker, task = running.pop(done)
-            yield _result(ray, done, task)
+            yield _result(ray, done, describe(task))
             begin(worker)
 
 
@@ -106,11 +111,9 @@ def _kept_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, ours)
 
 
-def _result(ray: Any, reference: Any, task: Task) -> Answer:
-    contender, job = task
-    what = f"{contender.name}, {job.task} at {job.length} tokens, sample {job.index}"
+def _result(ray: Any, reference: Any, what: str) -> Any:
     try:
-        answer: Answer = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayActorError as error:
         raise EdgerunError(
             f"a Ray worker died at {what}: look for its memory; with --output the same command goes on from here"
@@ -120,11 +123,3 @@ def _result(ray: Any, reference: Any, task: Task) -> Answer:
         if isinstance(cause, EdgerunError):
             raise EdgerunError(f"{cause} (a Ray worker, at {what})") from error
         raise EdgerunError(f"a Ray worker failed at {what}: {type(cause).__name__}: {cause}") from error
-    return answer
-
-
-def _absolute(part: Any) -> Any:
-    """A contender or a job with its paths in full: a worker's current folder is another."""
-    if isinstance(part, Contender):
-        return dataclasses.replace(part, path=part.path.absolute())
-    return dataclasses.replace(part, files=tuple(path.absolute() for path in part.files))

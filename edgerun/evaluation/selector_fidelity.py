@@ -23,7 +23,7 @@ from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity, record_lines, ruler
 from edgerun.evaluation.answerers import EagerAnswerer
 from edgerun.evaluation.answers import Contender, Job
-from edgerun.evaluation.processes import run_tasks
+from edgerun.evaluation.processes import run_anywhere
 from edgerun.evaluation.sample import TokenCounter
 from edgerun.ops.dhsa_attention import Lists, count_attention
 from edgerun.recipe import MICRO_BLOCK
@@ -348,7 +348,8 @@ def measure_all(
     selectors: Sequence[str],
     budgets: Sequence[int],
     *,
-    processes: int,
+    processes: int | None = None,
+    ray: str | None = None,
     record: pathlib.Path | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
@@ -374,9 +375,9 @@ def measure_all(
                     Task(contender, job, kind, tuple(lacking[i : i + size]), (budget,))
                     for i in range(0, len(lacking), size)
                 ]
-    missing = _merged(missing)
+    missing = [dataclasses.replace(task, contender=contender.absolute()) for task in _merged(missing)]
     done = len([key for key in wanted if key in known])
-    for found in run_tasks(measure, missing, processes):
+    for found in run_anywhere(measure, missing, processes, ray, _describe):
         for one in found:
             known[one.key] = one
         if record is not None:
@@ -386,6 +387,11 @@ def measure_all(
         if on_done is not None:
             on_done(done, len(wanted))
     return [known[key] for key in wanted if key in known]
+
+
+def _describe(task: Task) -> str:
+    job = task.job
+    return f"{', '.join(task.selectors)}: {task.kind}, {job.task} at {job.length} tokens, sample {job.index}"
 
 
 def _merged(tasks: Sequence[Task]) -> list[Task]:

@@ -9,7 +9,7 @@ import pathlib
 import pytest
 
 from bench import accuracy_lab_plans as plans
-from bench.accuracy_lab_page import answers_table, boundary_table, lab_report, needle_maps
+from bench.accuracy_lab_page import answers_table, boundary_table, lab_report, maps_of_needles
 from edgerun.commands.common import checkpoint_path
 from edgerun.evaluation.answers import Answer, Job
 from edgerun.evaluation.selector_fidelity import Measurement
@@ -97,12 +97,12 @@ def test_the_verdict_says_the_figures(lab: plans.Lab) -> None:
     assert report.verdict in to_html(report)
 
 
-def test_needle_maps_stand_side_by_side(lab: plans.Lab) -> None:
+def test_maps_of_needles_stand_side_by_side(lab: plans.Lab) -> None:
     grids = plans.needle_grid(lab, 2)
     answers: dict[tuple[str, Job], Answer] = {}
     for plan in grids:
         answers |= answer_everything(lab, plan, {plan.contenders[2].name: {0}})
-    maps = needle_maps(answers, grids)
+    maps = maps_of_needles(answers, grids)
     assert len({m.group for m in maps}) == 1 and len(maps) == 3
     assert maps[0].values == ((100.0,) * 3,) * 5
     assert maps[2].values == ((50.0,) * 3,) * 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from edgerun.commands.eval import make_jobs
-from edgerun.commands.eval_tables import answer_table, needle_grid, notes, tables
+from edgerun.commands.eval_tables import answer_table, needle_grid, needle_maps, notes
 from edgerun.evaluation.answers import Answer, Contender, FirstTurn, Job
 from edgerun.report import Estimate
 
@@ -43,10 +43,12 @@ def test_the_needle_grid_passes_other_suites_over() -> None:
     assert needle_grid(answers_of({job: 1.0}), ONE, [job]) == ((), (), ())
 
 
-def test_needle_has_a_table_of_depth_by_length_for_each_contender() -> None:
+def test_needle_has_a_map_of_depth_by_length_for_each_contender() -> None:
     jobs = make_jobs("needle", ("depth_0", "depth_100"), (2048, 4096), 1, 0)
-    _, grid = tables(answers_of({job: float(job.length == 2048) for job in jobs}), [ONE], jobs)
-    assert grid.title == "Needles found: one" and grid.rows == ((0.0, 100.0, 0.0), (100.0, 100.0, 0.0))
+    (grid,) = needle_maps(answers_of({job: float(job.length == 2048) for job in jobs}), [ONE], jobs)
+    assert grid.title == "one" and grid.values == ((100.0, 0.0), (100.0, 0.0))
+    assert (grid.x.ticks, grid.y.ticks) == (("2,048", "4,096"), ("0", "100"))
+    assert needle_maps({}, [ONE], make_jobs("ruler", ("vt",), (2048,), 1, 0)) == ()
 
 
 def test_right_is_of_the_second_turn_and_the_first_stands_last() -> None:

@@ -13,7 +13,7 @@ from edgerun.commands.eval import make_jobs
 from edgerun.commands.eval_contenders import eager_contender
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import ray_workers
-from edgerun.evaluation.answers import Answer, Contender, Job, answer_all
+from edgerun.evaluation.answers import Answer, Contender, Job, _answer, _describe, answer_all
 from edgerun.recipe import DhsaOptions, Recipe
 from tests.models.tiny_checkpoints import save_tiny_checkpoint
 
@@ -27,9 +27,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Contender:
     return eager_contender("tiny", folder, RECIPE)
 
 
-@pytest.fixture(scope="module")
-def tasks(tiny: Contender) -> list[ray_workers.Task]:
-    return [(tiny, JOBS[0])]
+def work_on(tiny: Contender) -> list[Answer]:
+    """One job, in a local cluster of one worker."""
+    return list(ray_workers.run_tasks(_answer, [(tiny, JOBS[0])], "local", 1, _describe))
 
 
 def timeless(answers: dict[tuple[str, Job], Answer]) -> dict[tuple[str, Job], object]:
@@ -49,11 +49,11 @@ def test_two_workers_answer_as_this_process_does(
     assert answer_all([near], JOBS, ray="no such cluster", record=record) == over_ray  # nothing is left to ask
 
 
-def test_a_worker_that_dies_is_one_line(tasks: list[ray_workers.Task], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_one_line(tiny: Contender, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'edgerun[ray]')")
     monkeypatch.setattr(ray_workers, "_Worker", _Dies)
     with pytest.raises(EdgerunError, match="worker died at tiny, niah_single_1 at 900 tokens, sample 0") as caught:
-        list(ray_workers.work(tasks, "local", 1))
+        work_on(tiny)
     assert "\n" not in str(caught.value)
 
 
@@ -64,21 +64,21 @@ def test_a_worker_that_dies_is_one_line(tasks: list[ray_workers.Task], monkeypat
         (ZeroDivisionError("by zero"), "sample 0: ZeroDivisionError: by zero"),
     ],
 )
-def test_a_job_that_fails_is_one_line(cause: Exception, said: str, tasks: list[ray_workers.Task]) -> None:
+def test_a_job_that_fails_is_one_line(cause: Exception, said: str, tiny: Contender) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'edgerun[ray]')")
 
     def get(reference: object) -> None:
         raise ray.exceptions.RayTaskError("answer", "Traceback\nof the worker", cause).as_instanceof_cause()
 
     with pytest.raises(EdgerunError) as caught:
-        ray_workers._result(types.SimpleNamespace(get=get, exceptions=ray.exceptions), None, tasks[0])
+        ray_workers._result(types.SimpleNamespace(get=get, exceptions=ray.exceptions), None, _describe((tiny, JOBS[0])))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 class _Dies:
     """A worker whose process ends at its first job."""
 
-    def answer(self, contender: Contender, job: Job) -> Answer:
+    def do(self, function: object, task: object) -> None:
         os._exit(1)
 
 
