@@ -58,6 +58,7 @@ bench-full: set-up  ## the attention benchmark on its whole grid; hours, and the
 	$(BIN)/python bench/speedup_picture.py
 
 lab-sample: set-up  ## two minutes of the accuracy lab, checked for what must hold, into build/accuracy_lab/
+	rm -rf build/accuracy_lab
 	$(BIN)/python bench/accuracy_lab.py sample --work build/accuracy_lab
 
 arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, where a cross compiler is

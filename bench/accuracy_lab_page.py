@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from bench.accuracy_lab_plans import (
@@ -13,25 +14,23 @@ from bench.accuracy_lab_plans import (
     TITLES,
     Lab,
     Plan,
+    every_selector,
     needle_grid,
+    selector_jobs,
     stage_2,
     stage_3,
 )
 from edgerun.commands import eval_selectors
 from edgerun.commands.common import begin_report
-from edgerun.commands.eval_tables import needle_maps
+from edgerun.commands.eval_tables import mean_density, needle_maps, percent, right
 from edgerun.evaluation import selector_fidelity
 from edgerun.evaluation.answers import Answer, Contender, Job, read_record
 from edgerun.evaluation.selector_fidelity import Measurement
-from edgerun.evaluation.statistics import Interval, paired_difference, wilson_interval
+from edgerun.evaluation.statistics import Interval, paired_shares, wilson_interval
 from edgerun.report import Axis, Cell, Column, Estimate, HeatMap, Plot, Report, Series, Table
 
 Answers = dict[tuple[str, Job], Answer]
-
-
-def right(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> list[float]:
-    """1 for each right answer."""
-    return [float(answers[contender.build, job].score == 1.0) for job in jobs]
+MOST_LOST = 0.01  # share of answers that the default may lose, and twice that at the interval's end
 
 
 def answered(answers: Answers, plan: Plan) -> list[Job]:
@@ -39,15 +38,11 @@ def answered(answers: Answers, plan: Plan) -> list[Job]:
     return [job for job in plan.jobs if all((c.build, job) in answers for c in plan.contenders)]
 
 
-def percent(interval: Interval, n: int) -> Estimate:
-    """An interval of shares, in %."""
-    return Estimate(100 * interval.estimate, 100 * interval.low, 100 * interval.high, n=n)
-
-
 def density_of(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> float:
     """Mean causal density, %."""
-    found = [answers[contender.build, job].density or 0.0 for job in jobs]
-    return 100 * sum(found) / len(found)
+    found = mean_density([answers[contender.build, job] for job in jobs])
+    assert found is not None, "an eager answer knows its density"
+    return found
 
 
 def answers_table(answers: Answers, plans: Sequence[Plan], title: str, note: str) -> Table:
@@ -73,8 +68,8 @@ def answers_table(answers: Answers, plans: Sequence[Plan], title: str, note: str
                     mine = right(answers, contender, jobs)
                     difference = None
                     if contender is not plan.contenders[0]:
-                        difference = percent(paired_difference(mine, dense), len(jobs))
-                    share = percent(wilson_interval(round(sum(mine)), len(mine)), len(mine))
+                        difference = percent(paired_shares(mine, dense), len(jobs))
+                    share = percent(wilson_interval(sum(mine), len(mine)), len(mine))
                     density = density_of(answers, contender, jobs)
                     rows.append((length, task, contender.name, density, len(jobs), share, difference))
     return Table(title, columns, tuple(rows), note)
@@ -89,7 +84,7 @@ def accuracy_plot(answers: Answers, plan: Plan, task: str) -> Plot | None:
     dense = None
     for contender in plan.contenders:
         mine = right(answers, contender, jobs)
-        share = percent(wilson_interval(round(sum(mine)), len(mine)), len(mine))
+        share = percent(wilson_interval(sum(mine), len(mine)), len(mine))
         if contender is plan.contenders[0]:
             dense = share
             continue
@@ -128,66 +123,133 @@ def maps_of_needles(answers: Answers, plans: Sequence[Plan]) -> tuple[HeatMap, .
     return tuple(maps)
 
 
+@dataclasses.dataclass(frozen=True)
+class ChunkRule:
+    """A way to cut chunks, and how long they are on the prompts of one length."""
+
+    selector: str
+    family: str
+    chunk_tokens: float
+
+
+def chunk_rules(found: Sequence[Measurement], length: int) -> list[ChunkRule]:
+    """Every chunk rule under moments pooling that was measured at a length."""
+    rules = []
+    for name in dict.fromkeys(one.selector for one in found):
+        stem = name.partition("@")[0]
+        family = {
+            "moments": "cosine",
+            "moments-cosine": "cosine",
+            "moments-fixed": "fixed",
+            "moments-learned": "learned",
+        }
+        sizes = [o.chunk_tokens for o in found if (o.selector, o.job.length) == (name, length)]
+        known = [size for size in sizes if size is not None]
+        if stem in family and known:
+            rules.append(ChunkRule(name, family[stem], eval_selectors.average(known)))
+    return rules
+
+
 def boundary_table(found: Sequence[Measurement]) -> Table:
-    """Chunk rules at equal density, differences from the rule that ships, prompt by prompt."""
-    rules = ("shipped", "moments-fixed@32", "moments-fixed", "moments-cosine@0.4", "moments-cosine@0.5")
-    rules += tuple(dict.fromkeys(o.selector for o in found if o.selector.startswith("moments-learned")))
+    """Cosine and learned cuts against fixed ones, learned ones against cosine, each with the nearest chunk length."""
     columns = (
         Column("length", "tokens"),
         Column("budget", "tokens"),
-        Column("chunks"),
+        Column("cuts"),
         Column("mean chunk", "tokens", 0),
-        Column("prefill: of the oracle's − moments", "points", 2),
-        Column("decode: of the oracle's − moments", "points", 2),
+        Column("against"),
+        Column("mean chunk", "tokens", 0),
+        Column("prefill: difference", "points", 2),
+        Column("decode: difference", "points", 2),
         Column("n"),
     )
     rows: list[tuple[Cell, ...]] = []
-    by_key = {(o.kind, o.selector, o.budget, o.job): o for o in found}
+    share = eval_selectors.Shares(found)
+    by_key = {(o.kind, o.selector, o.budget, o.job): o for o in found if o.held}
     for length in sorted({o.job.length for o in found}):
         jobs = list(dict.fromkeys(o.job for o in found if o.job.length == length))
+        rules = chunk_rules(found, length)
         for budget in sorted({o.budget for o in found if o.job.length == length}):
-            for rule in rules:
-                differences: list[Cell] = []
-                count = 0
-                for kind in ("prefill", "decode"):
-                    # In decode the shipped rule ranks twice; its first ranking alone is "moments".
-                    pairs = [
-                        (by_key.get((kind, rule, budget, j)), by_key.get((kind, "moments", budget, j))) for j in jobs
-                    ]
-                    both = [(a, b) for a, b in pairs if a is not None and b is not None]
-                    count = max(count, len(both))
-                    if not both:
-                        differences.append(None)
+            for family, others in (("cosine", "fixed"), ("learned", "fixed"), ("learned", "cosine")):
+                for rule in (r for r in rules if r.family == family):
+                    rivals = [r for r in rules if r.family == others]
+                    if not rivals:
                         continue
-                    mine, base = zip(
-                        *((eval_selectors.share_of_oracle(a), eval_selectors.share_of_oracle(b)) for a, b in both),
-                        strict=True,
-                    )
-                    gap = paired_difference(mine, base)
-                    differences.append(Estimate(gap.estimate, gap.low, gap.high, n=len(both)))
-                if count:
-                    sizes = [o.chunk_tokens for o in found if o.selector == rule and o.job.length == length]
-                    known = [size for size in sizes if size is not None]
-                    rows.append((length, budget, rule, sum(known) / len(known) if known else None, *differences, count))
+                    size = rule.chunk_tokens
+                    rival = min(rivals, key=lambda r: abs(math.log(r.chunk_tokens / size)))
+                    gaps: list[list[float]] = []
+                    for kind in ("prefill", "decode"):
+                        pairs = [
+                            (
+                                by_key.get((kind, rule.selector, budget, j)),
+                                by_key.get((kind, rival.selector, budget, j)),
+                            )
+                            for j in jobs
+                        ]
+                        gaps.append([share(a) - share(b) for a, b in pairs if a is not None and b is not None])
+                    if any(gaps):
+                        rows.append(
+                            (
+                                length,
+                                budget,
+                                rule.selector,
+                                rule.chunk_tokens,
+                                rival.selector,
+                                rival.chunk_tokens,
+                                *(eval_selectors.spread(gap) for gap in gaps),
+                                max(map(len, gaps)),
+                            )
+                        )
     note = (
-        "Chunk rules under one scoring (moments) at the same budget. shipped: cosine cuts at 0.25 (in decode with its "
-        "second ranking); fixed@N: every N tokens; cosine@T: fewer, longer chunks; learned: the paper's predictor by "
-        "the local rule. Paired bootstrap 95 % over prompts."
+        "Attention held, of the oracle's, in points: chunk rules under one scoring (moments, one ranking in decode) at "
+        "one budget, each against the rule of the other kind with the nearest mean chunk length. moments: cosine cuts "
+        "at 0.25, as shipped; @T: another threshold; fixed@N: every N tokens; learned: the paper's predictor by the "
+        "local rule. Student's 95 % of the paired differences."
     )
     return Table("Boundaries: fixed, cosine, learned", columns, tuple(rows), note)
+
+
+def boundary_verdict(table: Table) -> str:
+    """What learned cuts gain at the longest length and smallest budget, in a sentence; "" without them."""
+    rows = [row for row in table.rows if str(row[2]).startswith("moments-learned")]
+    if not rows:
+        return ""
+    length = max(int(row[0]) for row in rows)  # type: ignore[arg-type]
+    budget = min(int(row[1]) for row in rows if row[0] == length)  # type: ignore[arg-type]
+    parts = []
+    for row in rows:
+        if row[:2] == (length, budget):
+            gaps = [cell for cell in row[6:8] if isinstance(cell, Estimate) and cell.low is not None]
+            said = " and ".join(f"{g.value:+.2f} [{g.low:.2f}, {g.high:.2f}]" for g in gaps)
+            parts.append(f"{row[2]} against {row[4]} {said}")
+    return (
+        f"Learned boundaries at {length:,} tokens and budget {budget:,}, attention held of the oracle's in prefill and "
+        f"decode, differences in points: {'; '.join(parts)}."
+    )
+
+
+def planned(lab: Lab, samples: int) -> list[Measurement]:
+    """The measurements of stage 1 as it is planned now, without what earlier selectors or predictors left."""
+    names = every_selector(lab)
+    base = lab.base(names)
+    builds = {name: selector_fidelity.build_of(base, name) for name in names}
+    jobs = set(selector_jobs(tuple(BUDGETS), samples))
+    found = selector_fidelity.read_record(lab.measurements).values()
+    return [o for o in found if o.density is not None and builds.get(o.selector) == o.build and o.job in jobs]
 
 
 def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:
     """The whole page, from what the records have."""
     answers = read_record(lab.answers)
-    found = list(selector_fidelity.read_record(lab.measurements).values())
+    found = planned(lab, samples["1"])
     second, third = stage_2(lab, samples["2"]), stage_3(lab, samples["3"])
     needles = needle_grid(lab, samples["needle"])
     report = begin_report("eval", "Which sparse attention keeps the answer", command)
     tables: list[Table] = []
     plots: list[Plot] = []
+    notes: list[str] = []
     if any(answered(answers, plan) for plan in third):
-        note = "Paired samples; right: every expected string found, Wilson 95 %; difference: bootstrap 95 %."
+        note = "Paired samples; right: every expected string found, Wilson 95 %; difference: Newcombe's paired 95 %."
         tables.append(answers_table(answers, third, "The default against dense", note))
     if answered(answers, second[0]):
         note = f"The same samples for all; dense solves these tasks. {LENGTH:,} tokens."
@@ -195,43 +257,57 @@ def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:
         plots += [p for task in ("all", *SOLVED) if (p := accuracy_plot(answers, second[0], task)) is not None]
     if found:
         boundaries = boundary_table(found)
-        tables += [boundaries] if boundaries.rows else []
+        if boundaries.rows:
+            tables.append(boundaries)
+            notes.append(boundary_verdict(boundaries))
         of_stage = eval_selectors.selectors_report(found, lab.base(), command)
         tables += of_stage.tables
         plots += of_stage.plots
     maps = maps_of_needles(answers, needles)
     pictures = ()
     if found:
-        job = max((o.job for o in found if o.job.task == "niah_multikey_2"), key=lambda job: job.length)
+        job = max((o.job for o in found), key=lambda job: (job.length, job.task == "niah_multikey_2"))
         pictures = (eval_selectors.picture_of(lab.base(), job, "shipped", BUDGETS[job.length][0]),)
     return dataclasses.replace(
         report,
         verdict=verdict(answers, second[0], third[0]),
+        notes=tuple(note for note in notes if note),
         tables=tuple(tables),
         plots=tuple(plots),
-        heat_maps=(*maps, *(eval_selectors.recall_maps(found) if found else ())),
+        heat_maps=(*maps, *(eval_selectors.recall_maps(found, "shipped") if found else ())),
         pictures=pictures,
     )
 
 
 def verdict(answers: Answers, second: Plan, third: Plan) -> str:
-    """What to use, in one or two sentences, from the figures."""
+    """What to use, from the figures: the default against dense, then against every finalist on the same samples."""
     jobs = answered(answers, third)
     if not jobs:
         return ""
     dense, default = third.contenders[0], third.contenders[1]
     mine, base = right(answers, default, jobs), right(answers, dense, jobs)
-    gap = paired_difference(mine, base)
+    gap = paired_shares(mine, base)
+    kept = gap.estimate >= -MOST_LOST and gap.low >= -2 * MOST_LOST
     text = (
-        f"Use DHSA as it ships: at {density_of(answers, default, jobs):.0f} % of all pairs it answers "
-        f"{100 * sum(mine) / len(mine):.1f} % right where dense attention answers {100 * sum(base) / len(base):.1f} % "
-        f"({100 * gap.estimate:+.1f} points [{100 * gap.low:.1f}, {100 * gap.high:.1f}], {len(jobs):,} paired samples)"
+        f"{'Use DHSA as it ships' if kept else 'DHSA as it ships loses more than is asked'}: at "
+        f"{density_of(answers, default, jobs):.0f} % of all pairs it answers {100 * sum(mine) / len(mine):.1f} % right "
+        f"where dense attention answers {100 * sum(base) / len(base):.1f} % ({said(gap)}, {len(jobs):,} paired samples)"
     )
     others = []
     done = answered(answers, second)
-    for contender in second.contenders:
-        name, _, budget = contender.name.rpartition(" ")
-        if done and name in TITLES and name != DEFAULT and budget == str(BUDGETS[LENGTH][0]):
-            share = right(answers, contender, done)
-            others.append(f"{TITLES[name]} {100 * sum(share) / len(share):.0f} %")
-    return f"{text}; at the same density {', '.join(others)}." if others else f"{text}."
+    budget = default.name.rpartition(" ")[2]
+    rivals = [c for c in second.contenders if c.name.endswith(f" {budget}") and c.build != default.build]
+    if done and default.build in {contender.build for contender in second.contenders}:
+        ours = right(answers, default, done)
+        for rival in rivals:
+            others.append(
+                f"{TITLES[rival.name.rpartition(' ')[0]]}: {said(paired_shares(ours, right(answers, rival, done)))}"
+            )
+    if not others:
+        return f"{text}."
+    return f"{text}. DHSA less the others at the same budget, {len(done):,} samples: {'; '.join(others)}."
+
+
+def said(gap: Interval) -> str:
+    """A difference of shares in words."""
+    return f"{100 * gap.estimate:+.1f} points [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"

@@ -18,9 +18,19 @@ BUDGETS = {2048: (274, 512), 4096: (265, 549, 1024), 8192: (529, 1098, 2048)}
 SOLVED = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2")  # dense >= 90 %
 DEFAULT = "chunk"  # what ships
 FINALISTS = (DEFAULT, "recent/shipped", "paper-v1", "block-topk", "window-sink")
-MIXTURES = ("recent/shipped", "oracle/shipped", "vertical-slash/shipped", "antidiagonal/shipped")
-MIXTURES += ("shipped/dense", "shipped/oracle", "shipped/quest", "shipped/minmax")
-VARIANTS = ("moments-fixed@32", "moments-cosine@0.4", "moments-cosine@0.5", "moments-learned@1.7", "moments-learned@2")
+# One rule in prefill under the same decode, then the other way round: what each half of a rule is worth.
+PREFILL_RULES = ("recent", "block-mean", "mean", "oracle", "vertical-slash", "antidiagonal", "shuffled", "paper-v1")
+DECODE_RULES = ("dense", "oracle", "moments", "mean", "block-mean", "quest", "minmax", "recent", "shuffled")
+MIXTURES = (*(f"{rule}/shipped" for rule in PREFILL_RULES), *(f"shipped/{rule}" for rule in DECODE_RULES))
+VARIANTS = (
+    "moments-fixed@16",
+    "moments-fixed@32",
+    "moments-fixed@48",
+    "moments-cosine@0.4",
+    "moments-cosine@0.5",
+    "moments-learned@1.7",
+    "moments-learned@2",
+)
 VARIANTS += ("antidiagonal@16",)
 TITLES = {
     "dense": "dense",
@@ -52,9 +62,9 @@ class Lab:
             return eager_contender(name, self.model, Recipe(dhsa=dataclasses.replace(dhsa, selector=selector)))
         return eager_contender(name, self.model, Recipe(dhsa=dhsa), selector, self.predictor)
 
-    def base(self) -> Contender:
-        """The model as it ships, in which stage 1 tries every selector."""
-        return eager_contender("dhsa", self.model, Recipe(), predictor=self.predictor)
+    def base(self, names: Sequence[str] = ()) -> Contender:
+        """The model as it ships, in which stage 1 tries selectors. Raises EdgerunError where one lacks a predictor."""
+        return eval_selectors.base_contender(self.model, Recipe(), names, self.predictor)
 
     def usable(self, selectors: Sequence[str]) -> tuple[str, ...]:
         """Those that need no predictor, or all where there is one."""

@@ -34,7 +34,6 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from edgerun.commands import eval_tables
 from edgerun.commands.common import (
@@ -55,11 +54,7 @@ from edgerun.evaluation.answers import SUITES, Contender, Job, answer_all
 from edgerun.machine import available_cores
 from edgerun.report import Axis, Estimate, Plot, Report, Series
 
-if TYPE_CHECKING:
-    pass
-
 SUMMARY = "how often does it answer retrieval tasks right?"
-_SELECTORS = ("chunk", "block-topk", "window-sink")
 _DEPTHS = (0, 25, 50, 75, 100)
 
 
@@ -108,7 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets", type=positive_list, metavar="N,N", help="eager: ask at each of these budgets, and densely"
     )
     who.add_argument(
-        "--selectors", type=_names, default=("chunk",), metavar="A,B", help=f"with --budgets: of {','.join(_SELECTORS)}"
+        "--selectors",
+        type=_names,
+        metavar="A,B",
+        help="with --budgets: chunk (default), block-topk, window-sink, or others (edgerun/selectors/registry.py)",
     )
     who.add_argument(
         "--predictor",

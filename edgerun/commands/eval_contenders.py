@@ -37,7 +37,7 @@ def budget_contenders(
         if selector not in OP_SELECTORS:
             split(selector)
         for budget in budgets:
-            dhsa = dataclasses.replace(base.dhsa, budget=budget)
+            dhsa = dataclasses.replace(base.dhsa, budget=budget, layers=())  # one budget and selector for all layers
             lab: str | None = selector
             if selector in OP_SELECTORS:
                 dhsa, lab = dataclasses.replace(dhsa, selector=cast(Any, selector)), None
@@ -59,13 +59,13 @@ def eager_contender(
     """
     from edgerun.checkpoint import Checkpoint
     from edgerun.models.causal_lm import resolve
-    from edgerun.selectors.registry import needs_predictor
+    from edgerun.selectors.registry import needs_predictor, revision
 
     opened = Checkpoint.open(checkpoint)
     resolved = resolve(opened.config, recipe)
     parts = [resolved.hash(opened.sha256())]
     if selector is not None:
-        parts.append(selector)
+        parts += [part for part in (selector, revision(selector)) if part]
         if needs_predictor(selector):
             parts.append(predictor_identity(predictor, opened.sha256()))
     return Contender(name, checkpoint, resolved, " ".join(parts), selector, predictor)
@@ -112,7 +112,9 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[list[Contender], tuple
     else:
         recipe, calibration = calibrated_recipe(arguments)
     if arguments.budgets:
-        return budget_contenders(path, recipe, arguments.budgets, arguments.selectors, arguments.predictor), checks
+        return budget_contenders(
+            path, recipe, arguments.budgets, arguments.selectors or ("chunk",), arguments.predictor
+        ), checks
     if calibration is not None:
         calibration.require(Checkpoint.open(path).sha256())
     mine = eager_contender("calibrated" if calibration is not None else recipe.attention, path, recipe)
@@ -134,7 +136,7 @@ def _refuse_unused(arguments: argparse.Namespace, is_bundle: bool, engine: str) 
             arguments.against and arguments.budgets,
             "--against and --budgets exclude each other: --budgets asks dense too",
         ),
-        (arguments.selectors != ("chunk",) and not arguments.budgets, "--selectors is for --budgets"),
+        (arguments.selectors and not arguments.budgets, "--selectors is for --budgets"),
         (arguments.predictor and not arguments.budgets, "--predictor is for the selectors of --selectors"),
         (
             arguments.suite != "perplexity" and (arguments.text or arguments.last),

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from edgerun.commands.common import Tools, begin_report, checkpoint_path, emit, recipe_from
 from edgerun.errors import EdgerunError
 from edgerun.evaluation.answers import Contender, Job
-from edgerun.evaluation.statistics import bootstrap_mean
+from edgerun.evaluation.statistics import mean_interval
+from edgerun.recipe import Recipe
 from edgerun.report import Axis, Categories, Cell, Column, Estimate, HeatMap, Picture, Plot, Report, Series, Table
 
 if TYPE_CHECKING:
@@ -27,14 +28,13 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """Measure and report. Raises EdgerunError for what cannot be measured."""
     import tqdm
 
-    from edgerun.commands.eval_contenders import eager_contender
     from edgerun.evaluation.selector_fidelity import measure_all
 
-    path = checkpoint_path(arguments.model)
+    _refuse_unused(arguments)
+    names = selector_names(DEFAULT if arguments.selectors is None else arguments.selectors)
     recipe = dataclasses.replace(recipe_from(arguments), attention="dhsa")
-    contender = eager_contender("dhsa", path, recipe, predictor=arguments.predictor)
-    budgets = arguments.budgets or (contender.recipe.dhsa.budget,)  # type: ignore[union-attr]
-    names = selector_names(DEFAULT if arguments.selectors == ("chunk",) else arguments.selectors)
+    contender = base_contender(checkpoint_path(arguments.model), recipe, names, arguments.predictor)
+    budgets = arguments.budgets or (recipe.dhsa.budget,)
     jobs = selector_jobs(arguments.tasks or TASKS, arguments.lengths, arguments.samples, arguments.seed)
     with tqdm.tqdm(total=0, desc="measurements", leave=False, disable=None) as bar:
 
@@ -52,9 +52,42 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
             record=arguments.output,
             on_done=on_done,
         )
-    pictures = (picture_of(contender, jobs[-1], names[0], min(budgets)),)
     report = selectors_report(found, contender, tools.command)
+    drawn = next((name for name in names if lists_blocks(name)), None)
+    pictures = (picture_of(contender, jobs[-1], drawn, min(budgets)),) if drawn is not None else ()
     return emit(dataclasses.replace(report, pictures=pictures), arguments)
+
+
+def base_contender(
+    checkpoint: pathlib.Path, recipe: Recipe, names: Sequence[str], predictor: pathlib.Path | None
+) -> Contender:
+    """The model in which the selectors are tried. Raises EdgerunError without a predictor of it where one is needed."""
+    from edgerun.checkpoint import Checkpoint
+    from edgerun.commands.eval_contenders import eager_contender, predictor_identity
+    from edgerun.selectors.registry import needs_predictor
+
+    if any(needs_predictor(name) for name in names):
+        predictor_identity(predictor, Checkpoint.open(checkpoint).sha256())
+    return eager_contender("dhsa", checkpoint, recipe, predictor=predictor)
+
+
+def lists_blocks(name: str) -> bool:
+    """Whether a selector can be drawn: it is no mixture, and lists blocks, not tokens."""
+    return "/" not in name and not name.startswith("paper-v1")
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    unused = {
+        "--engine bundle": arguments.engine == "bundle",
+        "--checkpoint": arguments.checkpoint,
+        "--against": arguments.against,
+        "--calibration": arguments.calibration,
+        "--text": arguments.text,
+        "--last": arguments.last,
+    }
+    for option, given in unused.items():
+        if given:
+            raise EdgerunError(f"{option} says nothing of selectors: leave it out (`edgerun eval --help`)")
 
 
 def selector_names(asked: Sequence[str]) -> tuple[str, ...]:
@@ -80,25 +113,52 @@ def selector_jobs(tasks: Sequence[str], lengths: Sequence[int], samples: int, se
 
 
 def selectors_report(found: Sequence[Measurement], contender: Contender, command: str) -> Report:
-    """One table a length, plots against density, and the first selector's recall by layer and head."""
+    """A table for each length and one by task, plots against density, the first selector's recall by layer."""
+    found = [one for one in found if one.density is not None]
     lengths = sorted({one.job.length for one in found})
     prompts = len({one.job for one in found})
     report = begin_report("eval", f"edgerun eval: selectors, {prompts} prompts", command)
     if not found:
         return report
+    held = Shares(found)
+    tables = [length_table([one for one in found if one.job.length == n], n, held) for n in lengths]
     return dataclasses.replace(
         report,
         facts=(("build", contender.build),),
-        tables=tuple(length_table([one for one in found if one.job.length == n], n) for n in lengths),
-        plots=tuple(plot for n in lengths for plot in density_plots([o for o in found if o.job.length == n], n)),
-        heat_maps=recall_maps(found),
+        tables=(*tables, task_table(found)),
+        plots=tuple(plot for n in lengths for plot in density_plots([o for o in found if o.job.length == n], n, held)),
+        heat_maps=recall_maps(found, found[0].selector),
     )
 
 
-def length_table(found: Sequence[Measurement], length: int) -> Table:
+class Shares:
+    """What a measurement holds, of what the oracle holds at the same prompt and budget, in %.
+
+    Where the oracle was not measured: of the best blocks of the same number, which its lists come within 0.2 % of.
+    """
+
+    def __init__(self, found: Sequence[Measurement]) -> None:
+        self._oracle = {(o.kind, o.budget, o.job): mean(o.held) for o in found if o.selector == "oracle" and o.held}
+
+    def __call__(self, one: Measurement) -> float:
+        return 100 * mean(one.held) / self._oracle.get((one.kind, one.budget, one.job), mean(one.best))
+
+
+def decode_rule(name: str) -> str:
+    """How a selector attends single tokens, in a word."""
+    from edgerun.selectors.registry import SELECTORS
+
+    prefill, _, decode = name.partition("/")
+    if decode:
+        return decode
+    return "dense" if SELECTORS[prefill.partition("@")[0]].dense_decode else "own"
+
+
+def length_table(found: Sequence[Measurement], length: int, share: Shares) -> Table:
     """A row for each selector and budget."""
     columns = (
         Column("selector"),
+        Column("decode"),
         Column("budget", "tokens"),
         Column("density", "%", 1),
         Column("prefill: held", "%", 1),
@@ -113,48 +173,66 @@ def length_table(found: Sequence[Measurement], length: int) -> Table:
     for budget in sorted({one.budget for one in found}):
         for name in dict.fromkeys(one.selector for one in found):
             mine = [one for one in found if (one.selector, one.budget) == (name, budget)]
-            parts = {kind: [one for one in mine if one.kind == kind] for kind in ("prefill", "decode", "divergence")}
             if not mine:
                 continue
+            parts = {kind: [one for one in mine if one.kind == kind] for kind in ("prefill", "decode", "divergence")}
             recalls: list[Cell] = []
             for kind in ("prefill", "decode"):
-                held, best = ([100 * mean(getattr(o, part)) for o in parts[kind]] for part in ("held", "best"))
-                recalls += [
-                    sum(held) / len(held) if held else None,
-                    spread([100 * a / b for a, b in zip(held, best, strict=True)]),
-                ]
+                held = [100 * mean(one.held) for one in parts[kind]]
+                recalls += [average(held) if held else None, spread([share(one) for one in parts[kind]])]
             densities = [o.density for o in parts["divergence"] or parts["prefill"] if o.density is not None]
             tops = [o.top1 for o in parts["divergence"] if o.top1 is not None]
             rows.append(
                 (
                     name,
+                    decode_rule(name),
                     budget,
-                    100 * sum(densities) / len(densities) if densities else None,
+                    100 * average(densities) if densities else None,
                     *recalls,
-                    spread([o.kl_nats for o in parts["divergence"] if o.kl_nats is not None]),
-                    100 * sum(tops) / len(tops) if tops else None,
+                    spread([divergence(one) for one in parts["divergence"]]),
+                    100 * average(tops) if tops else None,
                     max(len(part) for part in parts.values()),
                 )
             )
     note = (
         "Held: mean share of a row's attention in the listed blocks, over tiles beyond the budget (prefill) and single "
-        "tokens of the answer (decode); the oracle's: in the best blocks of the same number. KL, top-1: at the "
-        "answer's positions, teacher-forced. Intervals: bootstrap 95 % over prompts. Density: prompt and answer."
+        "tokens of the answer (decode). KL, top-1: at the answer's positions, teacher-forced. Student's 95 % over "
+        "prompts. Density: prompt and answer. Decode: a rule's own, dense where its authors have none, or another's, "
+        "as PREFILL/DECODE; shipped ranks twice in decode (--refine), the other poolings once."
     )
     return Table(f"{length:,} tokens", columns, tuple(rows), note)
 
 
-def density_plots(found: Sequence[Measurement], length: int) -> list[Plot]:
+def task_table(found: Sequence[Measurement]) -> Table:
+    """KL at the smallest budget of the longest length, task by task: a mean over all hides where it is lost."""
+    length, budget = max(one.job.length for one in found), min(one.budget for one in found)
+    mine = [o for o in found if (o.kind, o.budget, o.job.length) == ("divergence", budget, length)]
+    tasks = list(dict.fromkeys(one.job.task for one in mine))
+    rows = [
+        (
+            name,
+            *(spread([divergence(o) for o in mine if (o.selector, o.job.task) == (name, task)]) for task in tasks),
+        )
+        for name in dict.fromkeys(one.selector for one in mine)
+    ]
+    columns = (Column("selector"), *(Column(task, "nats", 4) for task in tasks))
+    title = f"KL to dense by task: {length:,} tokens, budget {budget:,}"
+    return Table(title, columns, tuple(rows), "Mean over prompts, Student's 95 %.")
+
+
+def density_plots(found: Sequence[Measurement], length: int, share: Shares) -> list[Plot]:
     """The oracle's share and the divergence against causal density: the best selectors and the baselines."""
     plots = []
     for kind, title, unit, value in (
-        ("prefill", "Prefill: attention held, of the oracle's", "%", share_of_oracle),
-        ("decode", "Decode: attention held, of the oracle's", "%", share_of_oracle),
+        ("prefill", "Prefill: attention held, of the oracle's", "%", share),
+        ("decode", "Decode: attention held, of the oracle's", "%", share),
         ("divergence", "KL to dense at the answer", "nats", divergence),
     ):
         mine = [one for one in found if one.kind == kind]
+        if kind == "divergence":  # a rule that decodes densely is no rival to one that does not
+            mine = [one for one in mine if decode_rule(one.selector) != "dense"]
         names = list(dict.fromkeys(one.selector for one in mine))
-        averages = {n: _average([value(one) for one in mine if one.selector == n]) for n in names}
+        averages = {n: average([value(one) for one in mine if one.selector == n]) for n in names}
         kept = sorted(names, key=averages.__getitem__, reverse=kind != "divergence")[: _MOST_LINES - 2]
         kept += [n for n in ("recent", "shuffled") if n in names and n not in kept]
         series = []
@@ -170,25 +248,23 @@ def density_plots(found: Sequence[Measurement], length: int) -> list[Plot]:
                 series.append(Series(name, tuple(sorted(points, key=lambda point: point[0]))))
         if series:
             lowest = min(estimate.low or 0.0 for one in series for _, estimate in one.points)
-            share = unit == "%"
-            low, high = (10 * (lowest // 10), 100.0) if share else (None, None)
+            low, high = (10 * (lowest // 10), 100.0) if unit == "%" else (None, None)
             plots.append(
                 Plot(
                     f"{title}: {length:,} tokens",
                     Axis("causal density", "%", log=True, base=10),
                     Axis(title.split(": ")[-1], unit, low=low, high=high),
                     tuple(series),
-                    "The best on average, and the baselines; bootstrap 95 % over prompts.",
+                    "The best on average, and the baselines; Student's 95 % over prompts.",
                 )
             )
     return plots
 
 
-def recall_maps(found: Sequence[Measurement]) -> tuple[HeatMap, ...]:
-    """The first selector's share of the oracle by layer and KV head, at the longest length and smallest budget."""
+def recall_maps(found: Sequence[Measurement], name: str) -> tuple[HeatMap, ...]:
+    """A selector's share of the best blocks by layer and KV head, at the longest length and smallest budget."""
     maps = []
     length, budget = max(one.job.length for one in found), min(one.budget for one in found)
-    name = found[0].selector
     for kind in ("prefill", "decode"):
         mine = [
             o for o in found if (o.kind, o.selector, o.budget, o.job.length) == (kind, name, budget, length) and o.held
@@ -204,13 +280,13 @@ def recall_maps(found: Sequence[Measurement]) -> tuple[HeatMap, ...]:
             HeatMap(
                 kind,
                 Categories("KV head", "", tuple(str(h) for h in range(heads))),
-                Categories("layer", "", tuple(str(i) for i in range(layers))),
+                Categories("layer", "", tuple(map(str, mine[0].layers))),
                 values,
                 "%",
                 min(90.0, *(v for row in values for v in row)),
                 100.0,
                 f"{name}, budget {budget:,}, {length:,} tokens, {len(mine)} prompts",
-                group="Attention held, of the oracle's",
+                group="Attention held, of the best blocks of the same number",
                 digits=1,
             )
         )
@@ -222,7 +298,7 @@ def picture_of(contender: Contender, job: Job, name: str, budget: int) -> Pictur
     import numpy as np
 
     from edgerun.attention_picture import attention_picture
-    from edgerun.evaluation.selector_fidelity import attention_and_choice
+    from edgerun.evaluation.selector_picture import attention_and_choice
 
     seen = attention_and_choice(contender, job, name, budget, PICTURE_LAYER_SHARE)
     width, tile = seen.attention.shape[1], seen.tile
@@ -240,11 +316,6 @@ def picture_of(contender: Contender, job: Job, name: str, budget: int) -> Pictur
     )
 
 
-def share_of_oracle(one: Measurement) -> float:
-    """Attention held, of what the best blocks of the same number hold, in %: mean over layers and heads."""
-    return 100 * mean(one.held) / mean(one.best)
-
-
 def divergence(one: Measurement) -> float:
     """KL to dense, nats."""
     assert one.kl_nats is not None
@@ -257,20 +328,16 @@ def mean(grid: Sequence[Sequence[float]]) -> float:
     return sum(values) / len(values)
 
 
-def _average(values: Sequence[float]) -> float:
+def average(values: Sequence[float]) -> float:
+    """Their mean."""
     return sum(values) / len(values)
 
 
 def spread(values: Sequence[float]) -> Estimate | None:
-    """Mean with its bootstrap interval of 95 %; None of nothing."""
+    """Mean with Student's interval of 95 %; None of nothing."""
     if not values:
         return None
-    found = bootstrap_mean(values)
+    if len(values) == 1:
+        return Estimate(values[0], n=1)
+    found = mean_interval(values)
     return Estimate(found.estimate, found.low, found.high, n=len(values))
-
-
-def load_record(path: pathlib.Path) -> list[Measurement]:
-    """The measurements of a record, in its order."""
-    from edgerun.evaluation.selector_fidelity import read_record
-
-    return list(read_record(path).values())

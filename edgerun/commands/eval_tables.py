@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from edgerun.evaluation import ruler
 from edgerun.evaluation.answers import Answer, Contender, Job
 from edgerun.evaluation.perplexity import Loss
-from edgerun.evaluation.statistics import Interval, bootstrap_mean, paired_difference, wilson_interval
+from edgerun.evaluation.statistics import Interval, bootstrap_mean, paired_difference, paired_shares, wilson_interval
 from edgerun.report import Categories, Cell, Column, Estimate, HeatMap, Table
 
 Answers = Mapping[tuple[str, Job], Answer]
 Grid = tuple[tuple[int, ...], tuple[float, ...], tuple[tuple[float | None, ...], ...]]
 
 _ANSWERS_NOTE = (
-    "right: every expected string found, Wilson 95 %; score: strings found; difference: paired bootstrap 95 %"
+    "right: every expected string found, Wilson 95 %; score: strings found; difference: Newcombe's paired 95 %"
 )
 
 
@@ -47,7 +47,7 @@ def answer_table(answers: Answers, contenders: Sequence[Contender], jobs: Sequen
     rows = []
     for task, length in dict.fromkeys((job.task, job.length) for job in jobs):
         mine = [job for job in jobs if (job.task, job.length) == (task, length)]
-        baseline = _right(answers, contenders[0], mine)
+        baseline = right(answers, contenders[0], mine)
         for contender in contenders:
             row = _cell_row(answers, contender, mine, None if contender is contenders[0] else baseline)
             first = (_first_turn(answers, contender, mine),) if two_turns else ()
@@ -70,39 +70,42 @@ def answer_table(answers: Answers, contenders: Sequence[Contender], jobs: Sequen
     return Table("Answers", columns, tuple(rows), note)
 
 
-def _right(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> list[float]:
-    return [float(answers[contender.build, job].score == 1.0) for job in jobs]
+def right(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> list[bool]:
+    """Whether every expected string stands in each answer."""
+    return [answers[contender.build, job].score == 1.0 for job in jobs]
 
 
 def _first_turn(answers: Answers, contender: Contender, jobs: Sequence[Job]) -> Cell:
     """The share of first questions that were answered right; None where the record does not have them all."""
     turns = [answers[contender.build, job].first_turn for job in jobs]
     right = [turn.score == 1.0 for turn in turns if turn is not None]
-    return _percent(wilson_interval(sum(right), len(right)), len(right)) if len(right) == len(turns) else None
+    return percent(wilson_interval(sum(right), len(right)), len(right)) if len(right) == len(turns) else None
 
 
 def _cell_row(
-    answers: Answers, contender: Contender, jobs: Sequence[Job], baseline: list[float] | None
+    answers: Answers, contender: Contender, jobs: Sequence[Job], baseline: list[bool] | None
 ) -> tuple[Cell, ...]:
-    right = _right(answers, contender, jobs)
+    found = right(answers, contender, jobs)
     mine = [answers[contender.build, job] for job in jobs]
     return (
         contender.name,
-        len(right),
-        _percent(wilson_interval(round(sum(right)), len(right)), len(right)),
+        len(found),
+        percent(wilson_interval(sum(found), len(found)), len(found)),
         100 * sum(answer.score for answer in mine) / len(mine),
-        None if baseline is None else _percent(paired_difference(right, baseline), len(right)),
-        _mean_density(mine),
+        None if baseline is None else percent(paired_shares(found, baseline), len(found)),
+        mean_density(mine),
         sum(answer.prefill_s for answer in mine) / len(mine),
     )
 
 
-def _mean_density(answers: Sequence[Answer]) -> float | None:
+def mean_density(answers: Sequence[Answer]) -> float | None:
+    """Of those that know theirs, %; None where none does."""
     densities = [answer.density for answer in answers if answer.density is not None]
     return 100 * sum(densities) / len(densities) if densities else None
 
 
-def _percent(share: Interval, n: int) -> Estimate:
+def percent(share: Interval, n: int) -> Estimate:
+    """An interval of shares, in %."""
     return Estimate(100 * share.estimate, 100 * share.low, 100 * share.high, n=n)
 
 
@@ -169,7 +172,7 @@ def loss_table(answers: Answers, contenders: Sequence[Contender], jobs: Sequence
                     _estimate(bootstrap_mean(bits), len(bits)),
                     sum(loss.bits for loss in losses) / max(1, sum(loss.text_bytes for loss in losses)),
                     difference,
-                    _mean_density(found),
+                    mean_density(found),
                     sum(answer.prefill_s for answer in found) / len(found),
                 )
             )

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,7 +36,7 @@ from edgerun.selectors.pooled import Pooled
 from edgerun.selectors.simple import Dense
 
 PREFILL, DECODE, DIVERGENCE = "prefill", "decode", "divergence"
-_DIVERGENCES = 6  # of one task
+_DIVERGENCES = 2  # selectors of one task, each at every budget
 _DECODE_POSITIONS = 8  # of an answer, at which lists are asked for
 
 Recall = tuple[list[float], list[float], float, float]  # held, best by KV head; attended, causal pairs
@@ -57,11 +57,11 @@ class Measurement:
     budget: int
     job: Job
     density: float | None
+    layers: tuple[int, ...] = ()
     held: tuple[tuple[float, ...], ...] = ()
     best: tuple[tuple[float, ...], ...] = ()
     kl_nats: float | None = None
     top1: float | None = None
-    seconds: float = 0.0
     chunk_tokens: float | None = None
 
     @property
@@ -77,7 +77,9 @@ class Measurement:
     def from_json(values: dict[str, Any]) -> Measurement:
         """The measurement that a line holds."""
         grids = {name: tuple(tuple(row) for row in values[name]) for name in ("held", "best")}
-        return Measurement(**{**values, **grids, "job": Job(**values["job"])})
+        layers = tuple(values.get("layers", range(len(values["held"]))))
+        job = Job(**{**values["job"], "files": ()})
+        return Measurement(**{**values, **grids, "layers": layers, "job": job})
 
 
 class Probe(BlockSelector):
@@ -135,7 +137,9 @@ def recall(lists: Lists, call: Call, mass: torch.Tensor) -> Recall | None:
 
 def token_recall(call: Call, selector: PaperAttention) -> Recall | None:
     """The same for the paper's lists of tokens, whose tiles are its own; best: of as many tokens."""
-    options = dataclasses.replace(selector.options, budget=call.options.budget)
+    options = dataclasses.replace(
+        selector.options, budget=registry.paper_budget(call.options.budget, call.options.tile)
+    )
     engine = dataclasses.replace(selector, options=options)
     heads, group, tokens, _ = call.query.shape
     tiles = dataclasses.replace(call, options=dataclasses.replace(call.options, tile=options.tile), memory={})
@@ -172,63 +176,6 @@ def pairs(lists: Lists, call: Call) -> tuple[float, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """One KV head's exact attention and a selector's choice over one prompt.
-
-    attention: float32 [groups, blocks], %, of a row, NaN where no row sees the block; chosen: bool of the same shape.
-    """
-
-    layer: int
-    head: int
-    tile: int
-    attention: torch.Tensor
-    chosen: torch.Tensor
-
-
-class _Sketch(BlockSelector):
-    """Attends everything and keeps one layer's attention and choice."""
-
-    def __init__(self, selector: BlockSelector, layer: int) -> None:
-        self.selector, self.layer = selector, layer
-        self.seen: tuple[Call, torch.Tensor, Lists] | None = None
-
-    def lists(self, call: Call) -> Lists:
-        if call.layer == self.layer and self.seen is None:
-            self.seen = (call, exact_mass(call), self.selector.lists(call))
-        return everything(call)
-
-
-def attention_and_choice(contender: Contender, job: Job, name: str, budget: int, depth: float) -> Seen:
-    """What a selector chooses at a depth of the model (0 first layer, 1 last), in the KV head that looks most sharply.
-
-    Raises EdgerunError for a selector that lists tokens, as the paper's mode does, or a depth without a selection.
-    """
-    answerer, _ = _models(Task(contender, job, PREFILL, (), ()))
-    assert contender.recipe is not None
-    dhsa = dataclasses.replace(contender.recipe.dhsa, budget=budget)
-    selector = registry.make(name, dhsa, contender.predictor).prefill
-    if not isinstance(selector, BlockSelector):
-        raise EdgerunError(f"{name} lists tokens, not blocks: draw another selector")
-    layers = len(answerer.model.options)
-    sketch = _Sketch(selector, round(depth * (layers - 1)))
-    attention.use(answerer.model, Engine(sketch, sketch), budget)
-    fidelity.feed(answerer.model, answerer.encode(prompt_and_answer(job, answerer.count_tokens)[0]), 0)
-    if sketch.seen is None:
-        raise EdgerunError(f"layer {sketch.layer} of {layers} chooses nothing: draw another depth")
-    call, mass, lists = sketch.seen
-    rows = torch.tensor([last - first for first, last in call.groups]) * call.query.shape[1]
-    share = 100 * mass / rows[:, None]  # [Hkv, groups, blocks]
-    ends = torch.tensor([end for _, _, end in call.ranges])
-    concentrated = share.square().sum(dim=(1, 2))
-    head = int(concentrated.argmax())
-    chosen = torch.zeros_like(share[head], dtype=torch.bool)
-    for group, blocks in enumerate(lists[head]):
-        chosen[group, blocks] = True
-    unseen = torch.arange(call.blocks) >= ends[:, None]
-    return Seen(sketch.layer, head, call.options.tile, share[head].masked_fill(unseen, torch.nan), chosen)
-
-
-@dataclasses.dataclass(frozen=True)
 class Task:
     """What one process does at once: the recall of all selectors on one prompt, or one selector's divergence."""
 
@@ -240,15 +187,16 @@ class Task:
 
 
 def build_of(contender: Contender, selector: str) -> str:
-    """The identity of a measurement: the contender's, and its predictor's where the selector is made from it."""
-    if contender.predictor is None or not registry.needs_predictor(selector):
-        return contender.build
-    return f"{contender.build} {hashlib.sha256(contender.predictor.read_bytes()).hexdigest()[:16]}"
+    """The identity of a measurement: the contender's, the selector's revision, its predictor's where it has one."""
+    parts = [contender.build, registry.revision(selector)]
+    if contender.predictor is not None and registry.needs_predictor(selector):
+        parts.append(hashlib.sha256(contender.predictor.read_bytes()).hexdigest()[:16])
+    return " ".join(part for part in parts if part)
 
 
 def measure(task: Task) -> list[Measurement]:
     """Do a task. Raises EdgerunError for a selector or a budget that cannot be."""
-    answerer, dense = _models(task)
+    answerer, dense = loaded(task.contender)
     assert task.contender.recipe is not None
     prompt, answer = prompt_and_answer(task.job, answerer.count_tokens)
     ids = answerer.encode(prompt)
@@ -278,8 +226,14 @@ def _recalls(task: Task, answerer: EagerAnswerer, ids: list[int], forced: list[i
         density = sum(one[2] for one in everyone) / sum(one[3] for one in everyone)
         held = tuple(_means([one[0] for one in calls]) for calls in layers.values())
         best = tuple(_means([one[1] for one in calls]) for calls in layers.values())
-        one = Measurement(build_of(contender, name), kind, name, budget, task.job, density, held, best)
+        one = Measurement(build_of(contender, name), kind, name, budget, task.job, density, tuple(layers), held, best)
         found.append(dataclasses.replace(one, chunk_tokens=probe.chunk_tokens.get(name)))
+    # A prompt that a budget holds has no sparse tile; that too is on record, or it would be measured again and again.
+    for name in task.selectors:
+        for budget in task.budgets:
+            for kind in (PREFILL, DECODE):
+                if (kind, name, budget) not in probe.found:
+                    found.append(Measurement(build_of(contender, name), kind, name, budget, task.job, None))
     return found
 
 
@@ -300,7 +254,6 @@ def _divergences(
         for budget in task.budgets:
             dhsa = dataclasses.replace(recipe.dhsa, budget=budget)
             attention.use(answerer.model, registry.make(name, dhsa, task.contender.predictor), budget)
-            begin = time.monotonic()
             with count_attention() as counters:
                 logits = fidelity.eager_logits(answerer.model, ids, forced, len(ids))
             found = fidelity.measure(logits, reference[task.job])
@@ -313,7 +266,6 @@ def _divergences(
                 counters.density,
                 kl_nats=found.mean_kl_nats,
                 top1=found.top1,
-                seconds=time.monotonic() - begin,
             )
 
 
@@ -329,17 +281,12 @@ def prompt_and_answer(job: Job, count_tokens: TokenCounter) -> tuple[str, str]:
     return document.text + question.text, question.completion
 
 
-_LOADED: dict[str, tuple[EagerAnswerer, dict[Job, Any]]] = {}
-
-
-def _models(task: Task) -> tuple[EagerAnswerer, dict[Job, Any]]:
+@functools.lru_cache(maxsize=1)
+def loaded(contender: Contender) -> tuple[EagerAnswerer, dict[Job, Any]]:
     """The contender's model with its attention replaced, and what dense attention gave for the last job."""
-    if task.contender.build not in _LOADED:
-        _LOADED.clear()
-        answerer = EagerAnswerer(task.contender)
-        attention.install(answerer.model, Engine(Dense(), Dense()))
-        _LOADED[task.contender.build] = (answerer, {})
-    return _LOADED[task.contender.build]
+    answerer = EagerAnswerer(contender)
+    attention.install(answerer.model, Engine(Dense(), Dense()))
+    return answerer, {}
 
 
 def measure_all(
@@ -362,17 +309,18 @@ def measure_all(
     wanted: list[tuple[object, ...]] = []
     for job in jobs:
         fitting = [budget for budget in budgets if budget < job.length]
-        for kind, names in ((PREFILL, [n for n in selectors if "/" not in n]), (DIVERGENCE, list(selectors))):
-            keys = {(n, b): (build_of(contender, n), kind, n, b, job) for n in names for b in fitting}
-            wanted += keys.values()
-            if kind == PREFILL:  # a task gives both kinds of recall
-                wanted += [(build_of(contender, n), DECODE, n, b, job) for n in names for b in fitting]
+        single = [name for name in selectors if "/" not in name]  # a mixture has no recall of its own
+        for kinds, names in (((PREFILL, DECODE), single), ((DIVERGENCE,), list(selectors))):
+            keys = {
+                (n, b): [(build_of(contender, n), kind, n, b, job) for kind in kinds] for n in names for b in fitting
+            }
+            wanted += [key for both in keys.values() for key in both]
             for budget in fitting:
-                lacking = [n for n in names if keys[n, budget] not in known]
+                lacking = [n for n in names if any(key not in known for key in keys[n, budget])]
                 # Recall shares one dense pass; a divergence is a pass of its own, so a stop should lose few of them.
-                size = _DIVERGENCES if kind == DIVERGENCE else max(1, len(lacking))
+                size = _DIVERGENCES if kinds == (DIVERGENCE,) else max(1, len(lacking))
                 missing += [
-                    Task(contender, job, kind, tuple(lacking[i : i + size]), (budget,))
+                    Task(contender, job, kinds[0], tuple(lacking[i : i + size]), (budget,))
                     for i in range(0, len(lacking), size)
                 ]
     missing = [dataclasses.replace(task, contender=contender.absolute()) for task in _merged(missing)]

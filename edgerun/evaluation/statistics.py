@@ -43,6 +43,32 @@ def wilson_interval(successes: int, n: int) -> Interval:
     )
 
 
+def paired_shares(a: Sequence[bool], b: Sequence[bool]) -> Interval:
+    """Share of a less share of b over paired yes and no, with Newcombe's 95 % interval (1998, paired data, method 10).
+
+    Made of Wilson's intervals and the correlation of the pairs, so that without a pair that differs it does not shrink
+    to nothing, as a bootstrap does. Raises ValueError when the sequences are empty or differ in length.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{len(a)} and {len(b)} samples: needs as many in both, and at least one")
+    n = len(a)
+    both = sum(x and y for x, y in zip(a, b, strict=True))
+    only_a, only_b = sum(a) - both, sum(b) - both
+    neither = n - both - only_a - only_b
+    first, second = wilson_interval(both + only_a, n), wilson_interval(both + only_b, n)
+    margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    product: float = both * neither - only_a * only_b
+    if product > 0:
+        product = max(0.0, product - n / 2)  # a continuity correction, towards no correlation
+    correlation = product / math.sqrt(margins) if margins else 0.0
+    down_a, up_a = first.estimate - first.low, first.high - first.estimate
+    down_b, up_b = second.estimate - second.low, second.high - second.estimate
+    low = math.sqrt(max(0.0, down_a**2 - 2 * correlation * down_a * up_b + up_b**2))
+    high = math.sqrt(max(0.0, up_a**2 - 2 * correlation * up_a * down_b + down_b**2))
+    difference = first.estimate - second.estimate
+    return Interval(difference, difference - low, difference + high)
+
+
 def mean_interval(samples: Sequence[float]) -> Interval:
     """The mean with Student's 95 % t interval, for a handful of samples: a bootstrap of so few is too narrow.
 

@@ -50,7 +50,7 @@ class SelectedAttention(nn.Module):
             options = dataclasses.replace(options, budget=self.budget)
         assert cache.step.input_pos is not None
         position, tokens = int(cache.step.input_pos), query.shape[2]
-        boundaries = cache.step.shared.boundaries if cache.options.budget > 0 else cache.no_boundaries
+        boundaries = cache.step.shared.boundaries_of(cache.options.chunking)
         state = AttentionState(cache.key_cache, cache.value_cache, cache.summaries, boundaries, cache.selection)
         reference_append(key, value, state, position, cache.options)
         self._keys[:, position : position + tokens] = key[0]
@@ -96,6 +96,8 @@ def install(model: CausalLM, engine: Engine) -> None:
             continue
         if cache.key_cache.dtype != torch.float32:
             raise EdgerunError(f"selectors are measured on float32 caches, not {cache.key_cache.dtype}: use fp32")
+        if cache.options.dense_tail or cache.options.reselect > 1:
+            raise EdgerunError("selectors know no --dense-tail and no --reselect: leave them out")
         model.set_submodule(name, SelectedAttention(cache, engine, layer, rotation, shared))
         sparse += 1
     if not sparse:

@@ -16,14 +16,18 @@ from edgerun.recipe import MICRO_BLOCK
 from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, everything, fold, merge_ranks
 
 
+def capped(logits: torch.Tensor, call: Call) -> torch.Tensor:
+    """Under the layer's soft-capping, where it has one."""
+    softcap = call.options.softcap
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+
+
 def exact_logits(call: Call, group: int) -> torch.Tensor:
     """[Hkv, G, rows, n], scaled, soft-capped, -inf where not causal."""
     first, last = call.groups[group]
     rows = torch.arange(call.input_pos + first, call.input_pos + last)
     end = call.input_pos + last
-    logits = call.options.scale * call.query[:, :, first:last] @ call.keys[:, None, :end].transpose(2, 3)
-    if call.options.softcap > 0:
-        logits = call.options.softcap * torch.tanh(logits / call.options.softcap)
+    logits = capped(call.options.scale * call.query[:, :, first:last] @ call.keys[:, None, :end].transpose(2, 3), call)
     logits.masked_fill_(torch.arange(end) > rows[:, None], -math.inf)
     return logits
 
@@ -109,7 +113,7 @@ class VerticalSlash(RankedSelector):
         rows = min(self.last_queries, call.query.shape[2])
         positions = torch.arange(call.stored - rows, call.stored)[:, None]
         columns = torch.arange(call.stored)
-        logits = call.options.scale * call.query[:, :, -rows:] @ call.keys[:, None].transpose(2, 3)
+        logits = capped(call.options.scale * call.query[:, :, -rows:] @ call.keys[:, None].transpose(2, 3), call)
         weights = logits.masked_fill(columns > positions, -math.inf).softmax(dim=-1).sum(dim=1)  # [Hkv, rows, n]
         verticals = block_sums(weights.sum(dim=1), call.blocks)  # [Hkv, blocks]
         distances = (positions - columns).clamp(min=0).expand_as(weights)
@@ -154,7 +158,7 @@ class Antidiagonal(RankedSelector):
             padding = (0, 0, start % stride, -last % stride)  # rows that are not there are 0
             rows = fold(torch.nn.functional.pad(call.query[:, :, begin:end], padding), 2, (-1, stride))
             folded = rows.flip(3).flatten(3)  # [Hkv, G, squares, s D]
-            logits = (call.options.scale / stride) * folded @ folded_keys[:, None].transpose(2, 3)
+            logits = capped((call.options.scale / stride) * folded @ folded_keys[:, None].transpose(2, 3), call)
             logits.masked_fill_(columns > squares[:, None], -math.inf)
             weights = logits.softmax(dim=-1).sum(dim=(1, 2))  # [Hkv, n / s]
             found[:, group] = fold(weights, 1, (call.blocks, MICRO_BLOCK // stride)).sum(-1)

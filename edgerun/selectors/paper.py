@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention_paper import PaperOptions, paper_boundaries, paper_scores, paper_tokens
 from edgerun.selectors.interface import Call
 from edgerun.selectors.pooled import BoundaryLogits
@@ -60,9 +61,10 @@ class PaperAttention:
     def starts(self, call: Call, options: PaperOptions) -> list[int]:
         """Chunk starts, found by the first layer in the last call of several tokens, and shared by the others."""
         known = call.shared.get("paper_starts")
-        if call.query.shape[2] > 1 and (known is None or known[0] in (call.layer, None)):
-            known = (call.layer, [*paper_boundaries(self.logits(call.keys), options)], call.stored)
+        if call.query.shape[2] > 1 and (known is None or known[0] == call.layer):
+            known = (call.layer, paper_boundaries(self.logits(call.keys), options), call.stored)
             call.shared["paper_starts"] = known
-        assert known is not None, "the first call has the prompt"
+        if known is None:
+            raise EdgerunError("the paper's mode cuts a prompt in its prefill: give it PREFILL too, not DECODE alone")
         _, starts, prompt = known
         return [*starts, prompt] if call.stored > prompt else starts

@@ -44,7 +44,7 @@ class Pooled(RankedSelector):
     `chunk_tokens`: 16 with minmax is Quest, arXiv 2406.10774), gaps (`logits` above `threshold`, by the local rule).
     bands: after Prism (arXiv 2602.08426), whose point is that means lose the fast rotary channels. Ours: "split" ranks
     the fast and the slow half apart and takes the best of both in turns; "boosted" multiplies each half's part of the
-    logit by the energy that averaging took from it.
+    logit by the energy that averaging took from it, over all tokens that are stored.
     heads: "all" averages queries and keys over all heads before scoring, as the paper has it.
     """
 
@@ -111,13 +111,14 @@ class Pooled(RankedSelector):
 def boundary_logits(call: Call, predict: BoundaryLogits) -> torch.Tensor:
     """Logits of the gaps between all stored tokens, [n - 1], from the keys of the first layer that asks."""
     known: torch.Tensor
-    layer, known = call.shared.get("boundary_logits", (call.layer, torch.zeros(0)))
+    name = ("boundary_logits", predict)
+    layer, known = call.shared.get(name, (call.layer, torch.zeros(0)))
     if layer == call.layer:
         # The gap i | i + 1 was final once the key i + 4 was there, so gaps from here on are computed again.
-        final = max(0, min(len(known), call.input_pos - BOUNDARY_WINDOW))
+        final = max(0, min(len(known) + 1, call.input_pos) - BOUNDARY_WINDOW)
         begin = max(0, final - BOUNDARY_WINDOW + 1)
         known = torch.cat([known[:final], predict(call.keys[:, begin:])[final - begin :]])
-        call.shared["boundary_logits"] = (layer, known)
+        call.shared[name] = (layer, known)
     return known
 
 

@@ -41,6 +41,16 @@ class Entry:
     make: Callable[[Setting], BlockSelector | PaperAttention]
     takes_value: str = ""
     needs_predictor: bool = False
+    dense_decode: bool = False  # its authors have no rule for single tokens
+    revision: int = 0  # raised when it computes something else: what was measured before is not it
+
+
+PAPER_TILE = 128  # tokens
+
+
+def paper_budget(budget: int, tile: int) -> int:
+    """The paper's budget that attends as many pairs as ours of `budget` at `tile`, in tokens."""
+    return budget + (PAPER_TILE - tile) // 2
 
 
 def cosine_logits(keys: torch.Tensor) -> torch.Tensor:
@@ -54,14 +64,18 @@ def cosine_logits(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _paper(setting: Setting, logits: BoundaryLogits, threshold: float, *, equal: bool) -> PaperAttention:
-    """equal: the sink and the tile of the others; the paper's own are 128 each. Its recent tokens are its tile."""
+    """equal: our sink; the paper's own is 128 tokens. Its recent tokens are its tile.
+
+    Of a tile of 128 its rows see half on average, of one of ours less is hidden: the budget is raised by the
+    difference, so that as many pairs are attended.
+    """
     dhsa = setting.dhsa
     options = PaperOptions(
         scale=1.0,
-        budget=dhsa.budget,
+        budget=paper_budget(dhsa.budget, dhsa.tile),
         sink=dhsa.sink if equal else 128,
-        tile=128,
-        recent=128,
+        tile=PAPER_TILE,
+        recent=PAPER_TILE,
         boundary_logit=threshold,
     )
     return PaperAttention(options, logits)
@@ -116,11 +130,14 @@ SELECTORS: dict[str, Entry] = {
         lambda s: Pooled("mean", cuts="fixed", query_pooling="mean"),
     ),
     "recent": Entry("window and sink", lambda s: Recent()),
-    "vertical-slash": Entry("MInference's columns and diagonals; dense decode", lambda s: VerticalSlash()),
+    "vertical-slash": Entry(
+        "MInference's columns and diagonals; dense decode", lambda s: VerticalSlash(), dense_decode=True
+    ),
     "antidiagonal": Entry(
         "XAttention; dense decode",
         lambda s: Antidiagonal(8 if s.value is None else int(s.value)),
         takes_value="stride, 8 unless given",
+        dense_decode=True,
     ),
     "blasst": Entry(
         "BLASST: blocks far below the running maximum are skipped; every logit is computed",
@@ -129,17 +146,23 @@ SELECTORS: dict[str, Entry] = {
     ),
     "oracle": Entry("exact attention mass: the best that a list can do", lambda s: Oracle()),
     "dense": Entry("everything, whatever the budget", lambda s: Dense()),
-    "shuffled": Entry("chance", lambda s: Shuffled()),
+    "shuffled": Entry("chance", lambda s: Shuffled(), revision=1),
     "paper-v1": Entry(
         "arXiv 2510.24606 v1, trained boundaries; tile 128, recent 128, our sink",
         lambda s: _paper(s, _learned(s), 1.1, equal=True),
         needs_predictor=True,
+        revision=1,
     ),
     "paper-v1-own-sink": Entry(
-        "the same with its sink of 128 tokens", lambda s: _paper(s, _learned(s), 1.1, equal=False), needs_predictor=True
+        "the same with its sink of 128 tokens",
+        lambda s: _paper(s, _learned(s), 1.1, equal=False),
+        needs_predictor=True,
+        revision=1,
     ),
     "paper-v1-cosine": Entry(
-        "the same as paper-v1 with cosine boundaries", lambda s: _paper(s, cosine_logits, 0.25, equal=True)
+        "the same as paper-v1 with cosine boundaries",
+        lambda s: _paper(s, cosine_logits, 0.25, equal=True),
+        revision=1,
     ),
 }
 
@@ -181,6 +204,14 @@ def _logits_of(calibration: pathlib.Path) -> BoundaryLogits:
 
     trained = load_predictor(calibration)
     return lambda keys: boundary_logits(trained, keys)
+
+
+def revision(name: str) -> str:
+    """What a selector's measurements carry beside its name: "" as long as it computes what it always did."""
+    if name in OP_SELECTORS:
+        return ""
+    revisions = [parse(part)[0].revision for part in split(name)]
+    return f"revision {'/'.join(map(str, revisions))}" if any(revisions) else ""
 
 
 def needs_predictor(name: str) -> bool:

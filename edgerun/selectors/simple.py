@@ -26,12 +26,9 @@ class Recent(RankedSelector):
 
 
 class Shuffled(RankedSelector):
-    """The ranking of another selector, shuffled among the candidates of each list: what chance alone reaches."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    """Chance: a ranking of its own for every list, drawn by the call's keys, so that prompts differ in it."""
 
     def scores(self, call: Call) -> torch.Tensor:
-        rng = random.Random(f"shuffled/{self.seed}/{call.layer}/{call.input_pos}")
+        rng = random.Random(f"{call.layer}/{call.input_pos}/{call.stored}/{float(call.keys.sum()):.6g}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         return torch.rand(call.query.shape[0], len(call.groups), call.blocks, generator=generator)

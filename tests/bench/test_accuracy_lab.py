@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import pathlib
 
 import pytest
 
 from bench import accuracy_lab_plans as plans
-from bench.accuracy_lab_page import answers_table, boundary_table, lab_report, maps_of_needles
+from bench.accuracy_lab_page import (
+    answers_table,
+    boundary_table,
+    boundary_verdict,
+    lab_report,
+    maps_of_needles,
+    planned,
+    verdict,
+)
 from edgerun.commands.common import checkpoint_path
-from edgerun.evaluation.answers import Answer, Job
+from edgerun.evaluation.answers import Answer, Job, read_record
 from edgerun.evaluation.selector_fidelity import Measurement
 from edgerun.report import Estimate
 from edgerun.report_html import to_html
@@ -91,13 +100,25 @@ def test_samples_that_not_everyone_has_answered_do_not_count(lab: plans.Lab) -> 
 def test_the_verdict_says_the_figures(lab: plans.Lab) -> None:
     plan = plans.stage_3(lab, 50)[0]
     answer_everything(lab, plan, {plan.contenders[1].name: {1}})
-    report = lab_report(lab, {"2": 0, "3": 50, "needle": 0}, "command")
-    assert "at 12 % of all pairs it answers 98.0 % right where dense attention answers 100.0 %" in report.verdict
+    report = lab_report(lab, {"1": 0, "2": 0, "3": 50, "needle": 0}, "command")
+    assert report.verdict.startswith(
+        "DHSA as it ships loses more than is asked: at 12 % of all pairs it answers 98.0 %"
+    )
     assert "250 paired samples" in report.verdict
-    assert report.verdict in to_html(report)
+    assert report.verdict in html.unescape(to_html(report))
 
 
-def test_maps_of_needles_stand_side_by_side(lab: plans.Lab) -> None:
+def test_the_verdict_names_what_is_as_good(lab: plans.Lab) -> None:
+    (second,), third = plans.stage_2(lab, 60), plans.stage_3(lab, 60)[0]
+    wrong = {c.name: set(range(40)) for c in second.contenders if c.name.startswith("window-sink")}
+    answer_everything(lab, second, wrong)
+    text = verdict(read_record(lab.answers), second, third)
+    assert text.startswith("Use DHSA as it ships") and "300 paired samples" in text
+    assert "window + sink: +66.7 points [" in text
+    assert "window + sink in prefill, DHSA in decode: +0.0 points [-" in text
+
+
+def test_needle_maps_stand_side_by_side(lab: plans.Lab) -> None:
     grids = plans.needle_grid(lab, 2)
     answers: dict[tuple[str, Job], Answer] = {}
     for plan in grids:
@@ -108,14 +129,31 @@ def test_maps_of_needles_stand_side_by_side(lab: plans.Lab) -> None:
     assert maps[2].values == ((50.0,) * 3,) * 5
 
 
-def test_boundaries_are_compared_prompt_by_prompt() -> None:
+def test_boundaries_are_compared_at_like_length_prompt_by_prompt() -> None:
     jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(3)]
+    rules = (("moments-learned", 0.9, 30.0), ("moments-fixed@16", 0.7, 16.0), ("moments-fixed@32", 0.8, 32.0))
     found = [
-        Measurement("b", "prefill", name, 274, job, 0.2, ((held,),), ((1.0,),), chunk_tokens=64.0)
-        for name, held in (("moments", 0.9), ("moments-fixed", 0.8))
+        Measurement("b", "prefill", name, 274, job, 0.2, (0,), ((held,),), ((1.0,),), chunk_tokens=size)
+        for name, held, size in rules
         for job in jobs
     ]
-    (row,) = boundary_table(found).rows
-    assert row[:4] == (2048, 274, "moments-fixed", 64.0)
-    assert isinstance(row[4], Estimate) and row[4].value == pytest.approx(-10.0)
-    assert row[5] is None and row[6] == 3
+    table = boundary_table(found)
+    (row,) = table.rows
+    assert row[2:6] == ("moments-learned", 30.0, "moments-fixed@32", 32.0)
+    assert isinstance(row[6], Estimate) and row[6].value == pytest.approx(10.0)
+    assert row[7] is None and row[8] == 3
+    assert "moments-learned against moments-fixed@32 +10.00 [10.00, 10.00]" in boundary_verdict(table)
+
+
+def test_what_another_selector_left_on_record_is_not_shown(lab: plans.Lab) -> None:
+    base = lab.base()
+    job = plans.selector_jobs((2048,), 1)[0]
+    now = Measurement(base.build, "divergence", "mean", 529, job, 0.4, kl_nats=0.1, top1=1.0)
+    others = (
+        dataclasses.replace(now, build="another"),
+        dataclasses.replace(now, selector="shuffled"),  # its revision is another now
+        dataclasses.replace(now, job=dataclasses.replace(job, seed=9)),
+    )
+    lines = [json.dumps(one.to_json()) + "\n" for one in (now, *others)]
+    lab.measurements.write_text("".join(lines), encoding="utf-8")
+    assert planned(lab, 1) == [now]

@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from edgerun.evaluation.statistics import bootstrap_mean, mean_interval, paired_difference, wilson_interval
+from edgerun.evaluation.statistics import (
+    bootstrap_mean,
+    mean_interval,
+    paired_difference,
+    paired_shares,
+    wilson_interval,
+)
 
 
 # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
@@ -76,3 +82,46 @@ def test_mean_interval_is_students() -> None:
 def test_mean_interval_needs_two_samples() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         mean_interval([1.0])
+
+
+def exact_coverage(n: int, both: float, only_a: float, only_b: float) -> float:
+    """How often the interval holds the true difference, over every outcome of n pairs with its probability."""
+    neither = 1.0 - both - only_a - only_b
+    logs = [math.log(p) for p in (both, only_a, only_b, neither)]
+    total = 0.0
+    for x in range(n + 1):
+        for y in range(n + 1 - x):
+            for z in range(n + 1 - x - y):
+                counts = (x, y, z, n - x - y - z)
+                weight = math.lgamma(n + 1) - sum(math.lgamma(c + 1) for c in counts)
+                weight += sum(c * log for c, log in zip(counts, logs, strict=True))
+                if weight < -25:
+                    continue
+                a = [True] * (x + y) + [False] * (z + counts[3])
+                b = [True] * x + [False] * y + [True] * z + [False] * counts[3]
+                found = paired_shares(a, b)
+                total += math.exp(weight) * (found.low <= only_a - only_b <= found.high)
+    return total
+
+
+@pytest.mark.parametrize("shares", [(0.88, 0.04, 0.06), (0.5, 0.2, 0.1), (0.9, 0.05, 0.01)])
+def test_paired_shares_cover_the_truth_as_often_as_they_say(shares: tuple[float, float, float]) -> None:
+    """Never much less than 95 %; with few pairs that differ it is careful, and says more."""
+    assert 0.93 <= exact_coverage(30, *shares) < 0.9999
+
+
+def test_paired_shares_without_a_difference_are_not_certain() -> None:
+    same = [True] * 100
+    found = paired_shares(same, same)
+    assert found.estimate == 0.0
+    assert found.low == pytest.approx(-found.high) and 0.01 < found.high < 0.05
+    assert paired_shares([True] * 400, [True] * 400).high < found.high
+
+
+def test_paired_shares_turn_round() -> None:
+    a = [True] * 30 + [False] * 10
+    b = [True] * 20 + [False] * 10 + [True] * 5 + [False] * 5
+    one, other = paired_shares(a, b), paired_shares(b, a)
+    assert (one.estimate, one.low, one.high) == pytest.approx((-other.estimate, -other.high, -other.low))
+    with pytest.raises(ValueError, match="as many in both"):
+        paired_shares([True], [])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgerun import cli
 from edgerun.commands import eval_selectors
 from edgerun.commands.eval_contenders import eager_contender
 from edgerun.errors import EdgerunError
@@ -16,12 +17,12 @@ from edgerun.evaluation import fidelity
 from edgerun.evaluation.answers import Contender, Job
 from edgerun.evaluation.selector_fidelity import (
     Measurement,
-    attention_and_choice,
     measure_all,
     pairs,
     read_record,
     recall,
 )
+from edgerun.evaluation.selector_picture import attention_and_choice
 from edgerun.models import causal_lm
 from edgerun.ops.dhsa_attention import count_attention, count_pairs
 from edgerun.recipe import DhsaOptions, Recipe
@@ -124,7 +125,7 @@ def measured(contender: Contender, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_every_kind_is_measured_for_every_prompt(measured: tuple[list[Measurement], pathlib.Path]) -> None:
     """A mixture has no recall of its own, a rule with dense decode none there; 4,096 tokens hold every prompt."""
-    found, _ = measured
+    found = [one for one in measured[0] if one.density is not None]
     kinds = {name: {one.kind for one in found if one.selector == name} for name in {one.selector for one in found}}
     everything = {"prefill", "decode", "divergence"}
     assert kinds == {
@@ -139,10 +140,30 @@ def test_every_kind_is_measured_for_every_prompt(measured: tuple[list[Measuremen
     assert all(len([o for o in found if (o.kind, o.selector) == ("divergence", n)]) == len(JOBS) for n in kinds)
 
 
-def test_no_selector_holds_more_than_the_best_blocks(measured: tuple[list[Measurement], pathlib.Path]) -> None:
-    for one in measured[0]:
-        for held, best in zip(one.held, one.best, strict=True):
-            assert all(a <= b + 1e-6 for a, b in zip(held, best, strict=True))
+def test_the_verb_measures_reports_and_goes_on(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    record, page = tmp_path / "with a space.jsonl", tmp_path / "page.html"
+    asked = [
+        "eval",
+        str(checkpoint),
+        "selectors",
+        "--selectors",
+        "shipped,recent",
+        "--budgets",
+        "256",
+        "--lengths",
+        "500",
+    ]
+    asked += ["--samples", "2", "--tile", "32", "--max-context", "512", "--output", str(record), "--html", str(page)]
+    assert cli.main([*asked, "--processes", "1"]) == 0
+    first = record.read_text()
+    assert len(first.splitlines()) == 2 * 2 * 3  # selectors, prompts, kinds
+    assert "Blocks chosen over exact attention" in page.read_text()
+    assert cli.main([*asked, "--processes", "1"]) == 0
+    assert record.read_text() == first
+
+
+def test_options_that_say_nothing_of_selectors_are_refused(checkpoint: pathlib.Path) -> None:
+    assert cli.main(["eval", str(checkpoint), "selectors", "--against", "dense"]) == 2
 
 
 def test_a_record_is_gone_on_from(
@@ -172,13 +193,15 @@ def test_the_report_shows_intervals_and_the_oracle_first(
     measured: tuple[list[Measurement], pathlib.Path], contender: Contender
 ) -> None:
     report = eval_selectors.selectors_report(measured[0], contender, "edgerun eval")
-    (table,) = report.tables
+    table, by_task = report.tables
     rows = {row[0]: row for row in table.rows}
-    oracle, chance = rows["oracle"][4], rows["shuffled"][4]
+    oracle, chance = rows["oracle"][5], rows["shuffled"][5]
     assert isinstance(oracle, Estimate) and isinstance(chance, Estimate)
-    assert oracle.value > chance.value and oracle.low is not None
-    assert rows["recent/shipped"][3] is None and rows["antidiagonal"][5] is None
-    assert [m.group for m in report.heat_maps] == ["Attention held, of the oracle's"] * 2
+    assert oracle.value == pytest.approx(100.0) and chance.value < 99.0 and chance.low is not None
+    assert rows["recent/shipped"][4] is None and rows["antidiagonal"][6] is None
+    assert [rows[n][1] for n in ("shipped", "recent/shipped", "antidiagonal")] == ["own", "shipped", "dense"]
+    assert [column.name for column in by_task.columns] == ["selector", "niah_multikey_2"]
+    assert [(m.title, m.y.ticks) for m in report.heat_maps] == [("prefill", ("0", "1")), ("decode", ("0", "1"))]
     assert Report.from_json(report.to_json()) == report
 
 
