@@ -30,13 +30,14 @@ from bench.accuracy_lab_page import lab_report
 from bench.accuracy_lab_plans import (
     BUDGETS,
     LENGTH,
+    MIXTURES,
     SOLVED,
     Lab,
     Plan,
-    every_selector,
     needle_grid,
     ruler_jobs,
     selector_jobs,
+    single_selectors,
     stage_2,
     stage_3,
 )
@@ -181,7 +182,8 @@ def main() -> None:
     try:
         if given.stage == "1":
             jobs = selector_jobs(sorted(BUDGETS, reverse=True), samples["1"])
-            run_selectors(lab, every_selector(lab), jobs, BUDGETS[LENGTH], "stage 1")
+            run_selectors(lab, single_selectors(lab), jobs, BUDGETS[LENGTH], "stage 1")
+            run_selectors(lab, lab.usable(MIXTURES), jobs, BUDGETS[LENGTH][:1], "stage 1, mixtures")
         elif given.stage == "2":
             run_answers(lab, stage_2(lab, samples["2"]), "stage 2")
         elif given.stage == "3":

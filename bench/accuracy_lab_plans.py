@@ -122,10 +122,15 @@ def needle_grid(lab: Lab, samples: int) -> list[Plan]:
     return plans
 
 
+def single_selectors(lab: Lab) -> tuple[str, ...]:
+    """What stage 1 tries at every budget; the mixtures only at the least."""
+    names = [n for n in SELECTORS if n not in ("dense", "moments-cosine")]
+    return lab.usable([*names, *VARIANTS])
+
+
 def every_selector(lab: Lab) -> tuple[str, ...]:
     """All of stage 1."""
-    names = [n for n in SELECTORS if n not in ("dense", "moments-cosine")]
-    return lab.usable([*names, *VARIANTS, *MIXTURES])
+    return (*single_selectors(lab), *lab.usable(MIXTURES))
 
 
 def selector_jobs(lengths: Sequence[int], samples: int) -> list[Job]:
