@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MOST_LINES = 9  # of a plot
 DEFAULT = ("shipped", "moments-fixed", "mean", "minmax", "block-mean", "recent", "antidiagonal", "oracle", "shuffled")
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_single_2", "vt")
+LEAST_KL = 1e-4  # nats, where a plot of KL begins
 PICTURE_LAYER_SHARE = 0.5  # of the depth, at which a picture is taken
 
 
@@ -161,11 +163,9 @@ def length_table(found: Sequence[Measurement], length: int, share: Shares) -> Ta
         Column("decode"),
         Column("budget", "tokens"),
         Column("density", "%", 1),
-        Column("prefill: held", "%", 1),
-        Column("of the oracle's", "%", 1),
-        Column("decode: held", "%", 1),
-        Column("of the oracle's", "%", 1),
         Column("KL to dense", "nats", 4),
+        Column("held in prefill", "%", 1),
+        Column("held in decode", "%", 1),
         Column("top-1", "%", 1),
         Column("n"),
     )
@@ -176,10 +176,6 @@ def length_table(found: Sequence[Measurement], length: int, share: Shares) -> Ta
             if not mine:
                 continue
             parts = {kind: [one for one in mine if one.kind == kind] for kind in ("prefill", "decode", "divergence")}
-            recalls: list[Cell] = []
-            for kind in ("prefill", "decode"):
-                held = [100 * mean(one.held) for one in parts[kind]]
-                recalls += [average(held) if held else None, spread([share(one) for one in parts[kind]])]
             densities = [o.density for o in parts["divergence"] or parts["prefill"] if o.density is not None]
             tops = [o.top1 for o in parts["divergence"] if o.top1 is not None]
             rows.append(
@@ -188,18 +184,19 @@ def length_table(found: Sequence[Measurement], length: int, share: Shares) -> Ta
                     decode_rule(name),
                     budget,
                     100 * average(densities) if densities else None,
-                    *recalls,
                     spread([divergence(one) for one in parts["divergence"]]),
+                    *(spread([share(one) for one in parts[kind]]) for kind in ("prefill", "decode")),
                     100 * average(tops) if tops else None,
                     max(len(part) for part in parts.values()),
                 )
             )
     note = (
-        "Held: mean share of a row's attention in the listed blocks, over tiles beyond the budget (prefill) and single "
-        "tokens of the answer (decode). KL, top-1: at the answer's positions, teacher-forced. Student's 95 % over "
+        "KL, top-1: at the answer's positions, teacher-forced. Held: the exact attention in the listed blocks, of what "
+        "the oracle's hold, over tiles beyond the budget and over single tokens of the answer. Student's 95 % over "
         "prompts. Density: prompt and answer. Decode: a rule's own, dense where its authors have none, or another's, "
         "as PREFILL/DECODE; shipped ranks twice in decode (--refine), the other poolings once."
     )
+    rows.sort(key=lambda row: (row[2], row[4].value if isinstance(row[4], Estimate) else math.inf))
     return Table(f"{length:,} tokens", columns, tuple(rows), note)
 
 
@@ -229,8 +226,8 @@ def density_plots(found: Sequence[Measurement], length: int, share: Shares) -> l
         ("divergence", "KL to dense at the answer", "nats", divergence),
     ):
         mine = [one for one in found if one.kind == kind]
-        if kind == "divergence":  # a rule that decodes densely is no rival to one that does not
-            mine = [one for one in mine if decode_rule(one.selector) != "dense"]
+        if kind == "divergence":  # neither a rule that decodes densely nor a mixture is a rival to a whole rule
+            mine = [one for one in mine if decode_rule(one.selector) == "own"]
         names = list(dict.fromkeys(one.selector for one in mine))
         averages = {n: average([value(one) for one in mine if one.selector == n]) for n in names}
         kept = sorted(names, key=averages.__getitem__, reverse=kind != "divergence")[: _MOST_LINES - 2]
@@ -241,6 +238,8 @@ def density_plots(found: Sequence[Measurement], length: int, share: Shares) -> l
             for budget in sorted({one.budget for one in mine}):
                 some = [o for o in mine if (o.selector, o.budget) == (name, budget)]
                 estimate = spread([value(o) for o in some])
+                if estimate is not None and kind == "divergence":
+                    estimate = at_least(estimate, LEAST_KL)
                 densities = [o.density for o in some if o.density is not None]
                 if estimate is not None and densities:
                     points.append((100 * sum(densities) / len(densities), estimate))
@@ -253,9 +252,10 @@ def density_plots(found: Sequence[Measurement], length: int, share: Shares) -> l
                 Plot(
                     f"{title}: {length:,} tokens",
                     Axis("causal density", "%", log=True, base=10),
-                    Axis(title.split(": ")[-1], unit, low=low, high=high),
+                    Axis(title.split(": ")[-1], unit, log=kind == "divergence", low=low, high=high, base=10),
                     tuple(series),
-                    "The best on average, and the baselines; Student's 95 % over prompts.",
+                    "The best on average, and the baselines; Student's 95 % over prompts."
+                    + (f" Below {LEAST_KL:g}: drawn there." if kind == "divergence" else ""),
                 )
             )
     return plots
@@ -331,6 +331,12 @@ def mean(grid: Sequence[Sequence[float]]) -> float:
 def average(values: Sequence[float]) -> float:
     """Their mean."""
     return sum(values) / len(values)
+
+
+def at_least(estimate: Estimate, least: float) -> Estimate:
+    """The same for a logarithmic axis that begins at `least`."""
+    low, high = (None if end is None else max(least, end) for end in (estimate.low, estimate.high))
+    return dataclasses.replace(estimate, value=max(least, estimate.value), low=low, high=high)
 
 
 def spread(values: Sequence[float]) -> Estimate | None:

@@ -195,10 +195,10 @@ def test_the_report_shows_intervals_and_the_oracle_first(
     report = eval_selectors.selectors_report(measured[0], contender, "edgerun eval")
     table, by_task = report.tables
     rows = {row[0]: row for row in table.rows}
-    oracle, chance = rows["oracle"][5], rows["shuffled"][5]
+    oracle, chance = rows["oracle"][6], rows["shuffled"][6]
     assert isinstance(oracle, Estimate) and isinstance(chance, Estimate)
     assert oracle.value == pytest.approx(100.0) and chance.value < 99.0 and chance.low is not None
-    assert rows["recent/shipped"][4] is None and rows["antidiagonal"][6] is None
+    assert rows["recent/shipped"][5] is None and rows["antidiagonal"][6] is None
     assert [rows[n][1] for n in ("shipped", "recent/shipped", "antidiagonal")] == ["own", "shipped", "dense"]
     assert [column.name for column in by_task.columns] == ["selector", "niah_multikey_2"]
     assert [(m.title, m.y.ticks) for m in report.heat_maps] == [("prefill", ("0", "1")), ("decode", ("0", "1"))]
