@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from edgerun.calibration import Achieved, Calibration, ModelShape
 from edgerun.checkpoint import Checkpoint, Progress
 from edgerun.errors import EdgerunError
+from edgerun.evaluation import record_lines
 from edgerun.evaluation.activations import layer_activations
 from edgerun.evaluation.calibration_text import CalibrationText, Window, make_text
-from edgerun.evaluation.divergence import DivergenceMeter
+from edgerun.evaluation.divergence import DivergenceMeter, read_record
 from edgerun.recipe import Chunks, DhsaOptions, LayerChoice, Selector
 from edgerun.techniques.boundary_predictor import (
     BoundaryPredictor,
@@ -126,18 +127,27 @@ def calibrate(
 ) -> Outcome:
     """Choose for every layer of the model, on `texts`. record: JSON lines, to go on where another run stopped.
 
-    Raises EdgerunError for too little text or a damaged record, ExportError for a model or budgets that do not fit.
+    Raises EdgerunError for too little text or a record that is damaged or in use, ExportError for a model or budgets
+    that do not fit.
     """
     report = progress or (lambda stage, fraction: None)
     checkpoint.sha256(progress)
     text = make_text(checkpoint, texts, max(settings.lengths), settings.samples, settings.seed)
-    meter = DivergenceMeter(
-        checkpoint,
-        max_context=settings.context(),
-        prefill_slice=min(settings.prefill_slice, settings.context()),
-        decode_tokens=settings.decode_tokens,
-        record=record,
-    )
+    with record_lines.writer(record) as append:
+        meter = DivergenceMeter(
+            checkpoint,
+            max_context=settings.context(),
+            prefill_slice=min(settings.prefill_slice, settings.context()),
+            decode_tokens=settings.decode_tokens,
+            known=read_record(record),
+            append=append,
+        )
+        return _calibrate(meter, text, settings, report)
+
+
+def _calibrate(
+    meter: DivergenceMeter, text: CalibrationText, settings: Settings, report: Callable[[str, float], None]
+) -> Outcome:
     chooser = _Chooser(meter, text, settings, report)
     alone = chooser.each_alone()
     proposal, allowance = chooser.widest_that_holds(alone)
@@ -158,8 +168,10 @@ def calibrate(
     report("done", 1.0)
     site = meter.model.sites[0]
     calibration = Calibration(
-        checkpoint_sha256=checkpoint.sha256(),
-        model=ModelShape(checkpoint.config.model_type, len(proposal), site.query_heads, site.kv_heads, site.head_dim),
+        checkpoint_sha256=meter.checkpoint.sha256(),
+        model=ModelShape(
+            meter.checkpoint.config.model_type, len(proposal), site.query_heads, site.kv_heads, site.head_dim
+        ),
         dhsa=dhsa,
         max_kl_nats=settings.max_kl_nats,
         achieved=achieved,
@@ -182,7 +194,6 @@ def measure_calibration(
     seed: int = 1,
     max_context: int | None = None,
     prefill_slice: int = 512,
-    record: pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Achieved, ...]:
     """What a calibration's choices reach on other text, a length each (None: those it was made for), 2 * samples texts.
@@ -198,7 +209,6 @@ def measure_calibration(
         max_context=context,
         prefill_slice=min(prefill_slice, context),
         decode_tokens=calibration.decode_tokens,
-        record=record,
     )
     windows = text.chosen_by + text.held_out
     found = []

@@ -14,6 +14,7 @@ from edgerun.checkpoint import Checkpoint
 from edgerun.commands import calibrate as command
 from edgerun.errors import EdgerunError, ExportError
 from edgerun.evaluation import calibrate as module
+from edgerun.evaluation import record_lines
 from edgerun.evaluation.calibrate import (
     DEFAULT_BUDGETS,
     DEFAULT_MAX_KL_NATS,
@@ -201,6 +202,11 @@ def test_a_choice_that_misses_on_held_out_text_is_narrowed(
     )
     never = calibrate(checkpoint, [prose(0)], SETTINGS, record=record)
     assert never.calibration is None and never.closest[0].high == 1.0
+
+
+def test_two_runs_on_one_record_are_refused(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> None:
+    with record_lines.writer(tmp_path / "a.jsonl"), pytest.raises(EdgerunError, match="written by another run"):
+        calibrate(checkpoint, [prose(0)], SETTINGS, record=tmp_path / "a.jsonl")
 
 
 def test_every_length_keeps_the_target(checkpoint: Checkpoint) -> None:
