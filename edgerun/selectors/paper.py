@@ -14,7 +14,7 @@ import torch
 
 from edgerun.ops.dhsa_attention_paper import PaperOptions, paper_boundaries, paper_scores, paper_tokens
 from edgerun.selectors.interface import Call
-from edgerun.selectors.pooled import BoundaryLogits
+from edgerun.selectors.pooled import BoundaryLogits, require_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class PaperAttention:
         """Chunk starts, found by the first layer in the last call of several tokens, and shared by the others."""
         known = call.shared.get("paper_starts")
         if call.query.shape[2] > 1 and (known is None or known[0] in (call.layer, None)):
+            require_layer(self.logits, call)
             known = (call.layer, [*paper_boundaries(self.logits(call.keys), options)], call.stored)
             call.shared["paper_starts"] = known
         assert known is not None, "the first call has the prompt"
