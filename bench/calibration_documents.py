@@ -5,9 +5,10 @@
     python bench/calibration_documents.py --out OTHER --seed 1 --tasks niah_multikey_1 niah_single_3 vt
     edgerun calibrate zoo:text --text OTHER/* --samples 8 --check zoo.calibration
 
-A needle document is a RULER haystack with its question and the right answer, of 4,200 bytes; the sources are modules of
-this Python's standard library of at least 9,000 bytes, drawn by the seed (even places for even seeds, odd for odd: two
-seeds next to each other share none).
+A needle document is a RULER haystack with its question and the right answer, of 4,200 bytes, from a split of its own:
+training and evaluation draw from others. The sources are those of this Python's standard library that zoo:text was not
+trained on (edgerun/evaluation/held_out_text.py) and that have at least 9,000 bytes, drawn by the seed: even places for
+even seeds, odd for odd, so two seeds next to each other share none.
 """
 
 from __future__ import annotations
@@ -16,39 +17,56 @@ import argparse
 import pathlib
 import random
 import sys
-import sysconfig
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from edgerun.evaluation import ruler
+from edgerun.evaluation import held_out_text, ruler
+from edgerun.evaluation.sample import CALIBRATION_SPLIT
 
 LENGTH = 4200  # tokens of a document
 LEAST_BYTES = 9000  # of a source: two windows
 
 
+def document(task: str, seed: int, index: int) -> str:
+    """A haystack, its question and the right answer."""
+    made = ruler.generate_document(task, LENGTH, seed, index, split=CALIBRATION_SPLIT)
+    question = made.questions[0]
+    return made.text + question.text + question.completion
+
+
 def sources(seed: int, count: int) -> list[pathlib.Path]:
-    """Modules of the standard library."""
-    folder = pathlib.Path(sysconfig.get_path("stdlib"))
-    long = [path for path in sorted(folder.glob("[a-z]*.py")) if path.stat().st_size >= LEAST_BYTES]
-    return random.Random(f"sources/{seed}").sample(long[seed % 2 :: 2], count)
+    """Held-out modules of the standard library. Raises ValueError when there are too few of a seed's parity."""
+    long = [path for path in held_out_text.held_out_sources() if path.stat().st_size >= LEAST_BYTES]
+    mine = long[seed % 2 :: 2]
+    if len(mine) < count:
+        raise ValueError(
+            f"{count} sources are asked for, this Python has {len(mine)} held-out ones of {LEAST_BYTES} bytes for seed "
+            f"{seed}: lower --sources"
+        )
+    return random.Random(f"sources/{seed}").sample(mine, count)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=["niah_single_1", "niah_multikey_2", "niah_single_2"])
     parser.add_argument("--documents", type=int, default=4, help="of each task; default: %(default)s")
     parser.add_argument("--sources", type=int, default=6, help="default: %(default)s")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    try:
+        modules = sources(given.seed, given.sources)
+        texts = {
+            f"{task}_{given.seed}_{index}.txt": document(task, given.seed, index)
+            for task in given.tasks
+            for index in range(given.documents)
+        }
+    except ValueError as error:
+        sys.exit(f"calibration_documents: {error}")
     given.out.mkdir(parents=True, exist_ok=True)
-    for task in given.tasks:
-        for index in range(given.documents):
-            document = ruler.generate_document(task, LENGTH, given.seed, index)
-            question = document.questions[0]
-            text = document.text + question.text + question.completion
-            (given.out / f"{task}_{given.seed}_{index}.txt").write_text(text, encoding="utf-8")
-    for path in sources(given.seed, given.sources):
-        (given.out / f"source_{given.seed}_{path.name}").write_bytes(path.read_bytes())
+    for name, text in texts.items():
+        (given.out / name).write_text(text, encoding="utf-8")
+    for path in modules:
+        (given.out / f"source_{given.seed}_{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from edgerun.recipe import DhsaOptions
 if TYPE_CHECKING:
     from edgerun.techniques.boundary_predictor import BoundaryPredictor, PredictorMetrics
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _METADATA = "edgerun_calibration"
 _PREFIX = "boundary_predictor."
 
@@ -60,9 +60,9 @@ class Calibration:
     model: ModelShape
     dhsa: DhsaOptions  # its `layers` are the choice
     max_kl_nats: float  # the target
-    achieved: tuple[Achieved, ...]  # on held-out text, a length each
+    achieved: tuple[Achieved, ...]  # on proof text, by which nothing was chosen or narrowed, a length each
     text_sha256: str
-    samples: int  # texts to choose by, and as many held out
+    samples: int  # texts to choose by, as many to narrow by, and as many to prove on
     decode_tokens: int  # of every text, fed one by one
     seed: int
     predictor: PredictorMetrics | None = None
@@ -125,7 +125,7 @@ class Calibration:
 
 
 def load_predictor(path: pathlib.Path) -> BoundaryPredictor:
-    """The boundary predictor of a calibration file, ready to call.
+    """The boundary predictor of a calibration file, ready to call on the keys of its `layer`.
 
     Raises EdgerunError when the file is no calibration, or was made with --skip-predictor.
     """
@@ -137,7 +137,8 @@ def load_predictor(path: pathlib.Path) -> BoundaryPredictor:
     tensors = safetensors.torch.load_file(path)
     if calibration.predictor is None:
         raise EdgerunError(f"{path} has no boundary predictor: calibrate without --skip-predictor")
-    predictor = BoundaryPredictor(calibration.model.kv_heads, calibration.model.head_dim)
+    model = calibration.model
+    predictor = BoundaryPredictor(model.kv_heads, model.head_dim, calibration.predictor.layer)
     try:
         predictor.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
@@ -166,11 +167,13 @@ def _metadata(path: pathlib.Path) -> str:
 def _from_json(values: dict[str, Any], sha256: str) -> Calibration:
     from edgerun.techniques.boundary_predictor import PredictorMetrics
 
-    metrics = values["predictor"]
+    model, metrics = ModelShape(**values["model"]), values["predictor"]
+    if metrics is not None and metrics["layer"] not in range(model.layers):
+        raise ValueError(f"its predictor is of layer {metrics['layer']!r} of {model.layers}")
     return Calibration(
         **{
             **values,
-            "model": ModelShape(**values["model"]),
+            "model": model,
             "dhsa": DhsaOptions.from_json(values["dhsa"]),
             "achieved": tuple(Achieved(**one) for one in values["achieved"]),
             "predictor": None if metrics is None else PredictorMetrics(**metrics),

@@ -26,7 +26,7 @@ PLAIN = Calibration(
     decode_tokens=64,
     seed=3,
 )
-METRICS = PredictorMetrics(10, 20, 30, 0.1, 0.5, 0.4, 0.9, 0.8, None, 0.25)
+METRICS = PredictorMetrics(1, 10, 20, 30, 0.1, 0.5, 0.4, 0.9, 0.8, None, 0.25)
 
 
 def test_what_is_saved_is_opened(tmp_path: pathlib.Path) -> None:
@@ -43,6 +43,7 @@ def test_the_predictor_comes_back_with_its_logits(tmp_path: pathlib.Path) -> Non
     keys = torch.randn(2, 30, 16)
     assert torch.equal(boundary_logits(load_predictor(tmp_path / "a"), keys), boundary_logits(predictor, keys))
     assert Calibration.open(tmp_path / "a").predictor == METRICS
+    assert load_predictor(tmp_path / "a").layer == METRICS.layer == 1
 
 
 def test_a_file_without_a_predictor_says_so(tmp_path: pathlib.Path) -> None:
@@ -88,7 +89,7 @@ def test_a_foreign_file_is_refused(tmp_path: pathlib.Path) -> None:
 
 def changed(path: pathlib.Path, **changes: object) -> None:
     """A calibration file whose metadata says something else; None: leaves it out."""
-    values = {"schema_version": 1, **dataclasses.asdict(PLAIN), "dhsa": PLAIN.dhsa.to_json(), **changes}
+    values = {"schema_version": 2, **dataclasses.asdict(PLAIN), "dhsa": PLAIN.dhsa.to_json(), **changes}
     del values["sha256"]
     metadata = {"edgerun_calibration": json.dumps({k: v for k, v in values.items() if v is not None})}
     path.write_bytes(safetensors.torch.save({}, metadata=metadata))
@@ -97,8 +98,11 @@ def changed(path: pathlib.Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema 2, this edgerun reads 1: update edgerun"),
-        ({"schema_version": 0}, "calibrate again"),
+        ({"schema_version": 3}, "schema 3, this edgerun reads 2: update edgerun"),
+        ({"schema_version": 1}, "calibrate again"),
+        ({"predictor": {**dataclasses.asdict(METRICS), "layer": 2}}, "predictor is of layer 2 of 2"),
+        ({"predictor": {**dataclasses.asdict(METRICS), "layer": "first"}}, "predictor is of layer 'first' of 2"),
+        ({"predictor": {"parameters": 10}}, "cannot be read"),
         ({"schema_version": None}, "cannot be read"),
         ({"schema_version": "one"}, "cannot be read"),
         ({"achieved": None}, "cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -11,12 +12,14 @@ import pytest
 from edgerun import cli
 from edgerun.bundle import Bundle
 from edgerun.calibration import Calibration
+from edgerun.evaluation import calibrate as module
 from edgerun.report import Report
 from tests.evaluation.test_calibrate import prose
 from tests.models.tiny_checkpoints import save_tiny_checkpoint
 
-SHORT = ("--lengths", "256", "--samples", "2", "--decode-tokens", "16", "--prefill-slice", "64")
-FEW = (*SHORT, "--budgets", "112", "--tile", "16", "--skip-predictor")
+SHORT = ("--lengths", "256", "--samples", "3", "--prefill-slice", "64")
+MADE = ("--budgets", "112", "--tile", "16", "--decode-tokens", "16", "--skip-predictor")  # not with --check
+FEW = (*SHORT, *MADE)
 SIZE = ("--max-context", "256", "--prefill-slice", "64")
 
 
@@ -32,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def calibrate(folder: pathlib.Path, *more: str, text: str = "text.txt") -> int:
-    return cli.main(["calibrate", str(folder / "checkpoint"), "--text", str(folder / text), *FEW, *more])
+    what = SHORT if "--check" in more else FEW
+    return cli.main(["calibrate", str(folder / "checkpoint"), "--text", str(folder / text), *what, *more])
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
@@ -71,12 +75,31 @@ def test_a_target_that_nothing_keeps_ends_with_status_1_and_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["b.calibration.jsonl"]
 
 
+def test_a_choice_that_misses_the_proof_ends_with_status_1_and_no_file(
+    folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(folder / "a.calibration.jsonl", tmp_path / "b.calibration.jsonl")
+    original = module._Chooser.achieved
+    monkeypatch.setattr(
+        module._Chooser,
+        "achieved",
+        lambda self, proposal, windows: tuple(
+            dataclasses.replace(one, high=0.75 if windows is self._text.proof else one.high)
+            for one in original(self, proposal, windows)
+        ),
+    )
+    arguments = ["calibrate", str(folder / "checkpoint"), "--text", str(folder / "text.txt"), *FEW, "--max-kl", "0.5"]
+    line = refusal([*arguments, "-o", str(tmp_path / "b.calibration")], capsys, status=1)
+    assert "misses the target of 0.5 nats on proof text" in line and "up to 0.75, 3 texts at 256 tokens" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["b.calibration.jsonl"]
+
+
 def test_check_measures_other_text(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     check = ("--check", str(folder / "a.calibration"), "--json", "--seed", "5")
     assert calibrate(folder, *check, text="other.txt") == 0
     report = Report.from_json(json.loads(capsys.readouterr().out))
-    assert report.tables[0].rows[0][:2] == (256, 4) and report.checks[0].limit == 0.5
+    assert report.tables[0].rows[0][:2] == (256, 9) and report.checks[0].limit == 0.5
     assert calibrate(folder, *check, "--max-kl", "1e-6", text="other.txt") == 1
 
 
@@ -85,8 +108,9 @@ def test_check_measures_other_text(folder: pathlib.Path, capsys: pytest.CaptureF
     [
         ((), "pass -o FILE.calibration to make a calibration, or --check"),
         (("-o", "{folder}/a.calibration"), "a.calibration is there: pass --overwrite"),
+        (("-o", "{folder}/checkpoint", "--overwrite"), "checkpoint is a folder: pass -o the name of a file"),
         (("-o", "{folder}/nowhere/a.calibration"), "does not exist"),
-        (("-o", "{folder}/b", "--samples", "50"), "windows of 256 tokens, 100 are needed"),
+        (("-o", "{folder}/b", "--samples", "50"), "windows of 256 tokens, 150 are needed"),
         (("-o", "{folder}/b", "--samples", "1"), "at least 2"),
         (("-o", "{folder}/b", "--max-kl", "0"), "above 0"),
         (("-o", "{folder}/b", "--budgets", "64"), "below its minimum of 108"),
@@ -94,6 +118,11 @@ def test_check_measures_other_text(folder: pathlib.Path, capsys: pytest.CaptureF
         (("-o", "{folder}/b", "--lengths", "1024"), "max_context is 1024 tokens"),
         (("--check", "{folder}/text.txt"), "no calibration"),
         (("--check", "{folder}/a.calibration", "--samples", "1"), "at least 2"),
+        (("--check", "{folder}/a.calibration", "--budgets", "112"), "--budgets is given beside --check"),
+        (("--check", "{folder}/a.calibration", "--tile", "16"), "--tile is given beside --check"),
+        (("--check", "{folder}/a.calibration", "--decode-tokens", "16"), "--decode-tokens is given beside --check"),
+        (("--check", "{folder}/a.calibration", "--skip-predictor"), "--skip-predictor is given beside --check"),
+        (("--check", "{folder}/a.calibration", "--overwrite"), "--overwrite is given beside --check"),
     ],
 )
 def test_bad_input_is_refused(
@@ -103,7 +132,8 @@ def test_bad_input_is_refused(
     given = [one.format(folder=folder) for one in more]
     text = prose(0, 12000) if "1024" in more else prose(0)
     (folder / "long.txt").write_text(text)
-    line = refusal(["calibrate", str(folder / "checkpoint"), "--text", str(folder / "long.txt"), *FEW, *given], capsys)
+    what = SHORT if "--check" in more else FEW
+    line = refusal(["calibrate", str(folder / "checkpoint"), "--text", str(folder / "long.txt"), *what, *given], capsys)
     (folder / "long.txt").unlink()
     assert message in line
     assert sorted(path.name for path in folder.iterdir()) == before
@@ -147,13 +177,14 @@ def test_options_that_a_calibration_decides_are_refused_beside_it(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["export", "eval"])
+@pytest.mark.parametrize("verb", ["export", "export --dry-run", "eval"])
 def test_a_calibration_of_another_model_is_refused(
     verb: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_tiny_checkpoint(tmp_path / "other", seed=1)
     out = tmp_path / "model.edgerun"
-    rest = ["-o", str(out), *SIZE] if verb == "export" else ["ruler", "--lengths", "512"]
+    verb, *dry = verb.split()
+    rest = ["-o", str(out), *SIZE, *dry] if verb == "export" else ["ruler", "--lengths", "512"]
     line = refusal([verb, str(other), *rest, "--calibration", str(folder / "a.calibration")], capsys)
     assert Calibration.open(folder / "a.calibration").checkpoint_sha256[:16] in line
     assert "calibrate this checkpoint" in line and not out.exists()

@@ -1,12 +1,14 @@
 """Choose for every layer of a text model whether it attends sparsely, how and how much, for a quality that you state.
 
 The quality is --max-kl: the mean KL divergence to the dense model, in nats a token, while the end of each text is
-decoded with the text's own tokens. Every layer is measured alone in every way; the cheapest combination is proposed,
-measured as a whole, and then on text that nothing was chosen by; it is written only if it holds there too. With
-several --lengths it holds at each. The file also gets a boundary predictor, trained on the model's own attention.
-A stopped run goes on where it was, from OUTPUT.jsonl. Exit status 1: nothing that is sparse keeps the target.
+decoded with the text's own tokens. The text is split in three. By the first part, every layer is measured alone in
+every way, and the cheapest combination is proposed and measured as a whole; by the second it is narrowed until it holds
+there too. The third proves it: it is measured once, and the file is written only if the choice holds there. With
+several --lengths it holds at each. The file also gets a boundary predictor, trained on the model's own attention. A
+stopped run goes on where it was, from OUTPUT.jsonl. Exit status 1: nothing that is sparse keeps the target, or the
+choice misses it on the third part.
 
-Give text like what the model will read. Long files are used from their end; 2 x --samples windows are needed.
+Give text like what the model will read. Long files are used from their end; 3 x --samples different windows are needed.
 
 examples
   edgerun calibrate zoo:text --text docs/*.txt -o text.calibration
@@ -49,6 +51,13 @@ SUMMARY = "which layer may attend how sparsely?"
 # Of edgerun.evaluation.calibrate.Settings, which loads torch; a test holds them together.
 _MAX_KL, _LENGTHS, _SAMPLES, _BUDGETS, _DECODE = 0.02, (4096,), 6, (256, 512, 1024, 2048), 64
 
+_PLACES = {
+    "chosen by": "the text that it was chosen by",
+    "held out": "held-out text, by which it was narrowed",
+    "proof": "proof text, by which nothing was chosen",
+}
+_DECIDED = ("budgets", "tile", "decode_tokens", "skip_predictor", "overwrite")  # not asked for with --check
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `edgerun calibrate`."""
@@ -78,7 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--budgets",
         type=positive_list,
-        default=_BUDGETS,
         metavar="N,N",
         help=f"to choose from; default: {','.join(map(str, _BUDGETS))}",
     )
@@ -87,19 +95,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=_SAMPLES,
         metavar="N",
-        help="texts to choose by, and as many held out; default: %(default)s",
+        help="texts to choose by, as many to narrow by, as many to prove on; --check takes all; default: %(default)s",
     )
     what.add_argument("--seed", type=int, default=0, metavar="S", help="draws the texts; default: %(default)s")
     what.add_argument(
         "--decode-tokens",
         type=positive,
-        default=_DECODE,
         metavar="N",
-        help="last tokens of a text, fed one by one; default: %(default)s",
+        help=f"last tokens of a text, fed one by one; default: {_DECODE}",
     )
     what.add_argument("--skip-predictor", action="store_true", help="train no boundary predictor")
     how = parser.add_argument_group("what all layers share")
-    how.add_argument("--tile", type=positive, default=dhsa.tile, metavar="N", help="default: %(default)s")
+    how.add_argument("--tile", type=positive, metavar="N", help=f"default: {dhsa.tile}")
     how.add_argument(
         "--max-context", type=positive, metavar="N", help="tokens that the model is loaded for; default: longest length"
     )
@@ -113,7 +120,12 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun calibrate`."""
     if (arguments.output is None) == (arguments.check is None):
         raise EdgerunError("pass -o FILE.calibration to make a calibration, or --check FILE to measure one")
-    from edgerun.evaluation.calibration_text import read_texts
+    if arguments.check is not None and (given := [name for name in _DECIDED if getattr(arguments, name)]):
+        raise EdgerunError(
+            f"--{given[0].replace('_', '-')} is given beside --check, which makes nothing and takes what the "
+            "calibration has: leave out one of them"
+        )
+    from edgerun.evaluation.text_files import read_texts
 
     texts = read_texts(arguments.text)
     report = begin_report("calibrate", f"edgerun calibrate: {arguments.checkpoint}", tools.command)
@@ -127,18 +139,21 @@ def _make(arguments: argparse.Namespace, texts: Sequence[str], report: Report) -
     from edgerun.evaluation.calibrate import Settings, calibrate
 
     out: pathlib.Path = arguments.output
+    if out.is_dir():
+        raise EdgerunError(f"{out} is a folder: pass -o the name of a file")
     if out.exists() and not arguments.overwrite:
         raise EdgerunError(f"{out} is there: pass --overwrite, or choose another name")
     if not out.absolute().parent.is_dir():
         raise EdgerunError(f"cannot write {out}: folder {out.parent} does not exist; create it first")
+    budgets = arguments.budgets or _BUDGETS
     settings = Settings(
         lengths=arguments.lengths or _LENGTHS,
         samples=arguments.samples,
         seed=arguments.seed,
-        decode_tokens=arguments.decode_tokens,
+        decode_tokens=arguments.decode_tokens or _DECODE,
         max_kl_nats=_MAX_KL if arguments.max_kl is None else arguments.max_kl,
-        budgets=arguments.budgets,
-        dhsa=DhsaOptions(tile=arguments.tile, budget=max(DhsaOptions().budget, *arguments.budgets)),
+        budgets=budgets,
+        dhsa=DhsaOptions(tile=arguments.tile or DhsaOptions().tile, budget=max(DhsaOptions().budget, *budgets)),
         max_context=arguments.max_context,
         prefill_slice=arguments.prefill_slice,
         predictor=not arguments.skip_predictor,
@@ -180,14 +195,24 @@ def _check(arguments: argparse.Namespace, texts: Sequence[str], report: Report) 
         )
     target = calibration.max_kl_nats if arguments.max_kl is None else arguments.max_kl
     checks = _checks(achieved, target)
-    return dataclasses.replace(report, facts=_facts(calibration), tables=(_achieved(achieved),), checks=checks)
+    return dataclasses.replace(
+        report, facts=_facts(calibration), tables=(_achieved(achieved, "this text"),), checks=checks
+    )
 
 
 def _miss(outcome: Outcome, target: float) -> str:
     """Why there is no calibration, in one line."""
+    reached = ""
     if outcome.closest:
         worst = max(outcome.closest, key=lambda one: one.high)
-        reached = f"the most careful choice has {worst.mean_kl_nats:.3g} (up to {worst.high:.3g}, {worst.texts} texts)"
+        reached = f"{worst.mean_kl_nats:.3g} (up to {worst.high:.3g}, {worst.texts} texts at {worst.length} tokens)"
+    if outcome.part == "proof":
+        return (
+            f"the choice misses the target of {target:g} nats on proof text, with {reached}; nothing was written. "
+            "Choose by more text (--samples), or raise --max-kl; trying again on the same proof would choose by it"
+        )
+    if reached:
+        reached = f"the most careful choice has {reached}"
     else:
         least = min(option.divergence for layer in outcome.alone for option in layer[1:])
         reached = f"one layer alone already has {least:.3g}"
@@ -208,9 +233,10 @@ def _facts(calibration: Calibration) -> tuple[tuple[str, Cell], ...]:
         facts.append(
             (
                 "boundary predictor",
-                f"{metrics.parameters:,} parameters, {metrics.multiply_adds_per_token:,} multiply-adds a token; "
-                f"held-out area under ROC {metrics.auc:.3f} (cosine {metrics.cosine_auc:.3f}), "
-                f"{100 * metrics.positives:.0f} % boundaries, loss {metrics.loss:.4f} from {metrics.loss_before:.4f}",
+                f"of layer {metrics.layer}'s keys, {metrics.parameters:,} parameters, "
+                f"{metrics.multiply_adds_per_token:,} multiply-adds a token; on proof text area under ROC "
+                f"{metrics.auc:.3f} (cosine {metrics.cosine_auc:.3f}), {100 * metrics.positives:.0f} % boundaries, "
+                f"loss {metrics.loss:.4f} from {metrics.loss_before:.4f}",
             )
         )
     return tuple(facts)
@@ -234,10 +260,10 @@ def _tables(outcome: Outcome) -> tuple[Table, ...]:
     )
     note = "Each layer alone, all others dense; saved: of what the layer attends, as a mean over the model's layers."
     tables = [Table("Every option that was measured", columns, tuple(rows), note)]
-    return tuple([_achieved(outcome.closest), *tables] if outcome.closest else tables)
+    return tuple([_achieved(outcome.closest, _PLACES[outcome.part]), *tables] if outcome.closest else tables)
 
 
-def _achieved(achieved: Sequence[Achieved]) -> Table:
+def _achieved(achieved: Sequence[Achieved], place: str) -> Table:
     columns = (
         Column("length", "tokens"),
         Column("texts"),
@@ -248,7 +274,7 @@ def _achieved(achieved: Sequence[Achieved]) -> Table:
         (one.length, one.texts, Estimate(one.mean_kl_nats, one.low, one.high, n=one.texts), 100 * one.density)
         for one in achieved
     )
-    return Table("The choice as a whole, on held-out text", columns, rows, "Mean over texts, Student's 95 % interval.")
+    return Table(f"The choice as a whole, on {place}", columns, rows, "Mean over texts, Student's 95 % interval.")
 
 
 def _checks(achieved: Sequence[Achieved], target: float) -> tuple[Check, ...]:

@@ -79,6 +79,10 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     exporter = tools.exporter()
     report = begin_report("export", f"edgerun export: {arguments.checkpoint}", tools.command)
     if arguments.dry_run:
+        if calibration is not None:
+            from edgerun.checkpoint import Checkpoint
+
+            calibration.require(Checkpoint.open(checkpoint).sha256())
         plan = exporter.plan(checkpoint, recipe)
         plan.require(arguments.memory_limit) if arguments.memory_limit is not None else None
         return emit(dataclasses.replace(report, tables=(plan_table(dataclasses.asdict(plan)),)), arguments)

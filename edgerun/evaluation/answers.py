@@ -138,26 +138,27 @@ def answer_all(
 
     record: JSONL that is read first and appended to. on_answer: told (done, all) as answers come. One process works
     here; more are started with one torch thread each, by default one a core. ray: the address of a Ray cluster that
-    answers instead, by default with one worker a CPU of it. Raises EdgerunError for a damaged record or a failed job.
+    answers instead, by default with one worker a CPU of it. Raises EdgerunError for a damaged record, one that another
+    run writes, or a failed job.
     """
-    answers = read_record(record) if record is not None else {}
-    wanted = [(contender, job) for contender in contenders for job in jobs]
-    missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
-    done = len(wanted) - len(missing)
-    tasks = [(contender.absolute(), job.absolute()) for contender, job in missing]
-    work = run_anywhere(_answer, tasks, processes, ray, _describe)
-    for answer in work:
-        if record is not None:
-            record_lines.append(record, answer.to_json())
-        answers[answer.build, answer.job] = answer
-        done += 1
-        if on_answer is not None:
-            on_answer(done, len(wanted))
+    with record_lines.writer(record) as append:
+        answers = read_record(record) if record is not None else {}
+        wanted = [(contender, job) for contender in contenders for job in jobs]
+        missing = [(contender, job) for contender, job in wanted if (contender.build, job) not in answers]
+        done = len(wanted) - len(missing)
+        tasks = [(contender.absolute(), job.absolute()) for contender, job in missing]
+        work = run_anywhere(_answer, tasks, processes, ray, _describe)
+        for answer in work:
+            append(answer.to_json())
+            answers[answer.build, answer.job] = answer
+            done += 1
+            if on_answer is not None:
+                on_answer(done, len(wanted))
     return answers
 
 
 def read_record(path: pathlib.Path) -> dict[tuple[str, Job], Answer]:
-    """The answers of a JSONL file, by (build, job). A last line cut short, as a killed run leaves it, is dropped.
+    """The answers of a JSONL file, by (build, job). A last line cut short, as a killed run leaves it, is none.
 
     Raises EdgerunError for another line that is not an answer.
     """

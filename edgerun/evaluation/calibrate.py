@@ -4,8 +4,10 @@
 2. A knapsack (edgerun/techniques/layer_budgets.py) proposes one option a layer, taking divergences as additive. They
    are not quite: the proposal is measured as a whole, and the allowance widened or narrowed until the cheapest proposal
    that keeps the target is found.
-3. That one is measured on text that nothing was chosen by. Where it misses there, the allowance is narrowed until a
-   proposal holds; when only the dense model is left, nothing is chosen.
+3. That one is measured on held-out text. Where it misses there, the allowance is narrowed until a proposal holds; when
+   only the dense model is left, nothing is chosen. The held-out text has chosen then, too.
+4. So what is left is measured once on a third part of the text, by which nothing was chosen. That is the figure that is
+   stored. Where it misses there, nothing is chosen: to try another would be to choose by this text as well.
 "Keeps the target": the upper end of the 95 % interval of the mean KL over texts, at every length, is not above it.
 """
 
@@ -15,13 +17,15 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from edgerun.calibration import Achieved, Calibration, ModelShape
 from edgerun.checkpoint import Checkpoint, Progress
 from edgerun.errors import EdgerunError
+from edgerun.evaluation import record_lines
 from edgerun.evaluation.activations import layer_activations
 from edgerun.evaluation.calibration_text import CalibrationText, Window, make_text
-from edgerun.evaluation.divergence import DivergenceMeter
+from edgerun.evaluation.divergence import DivergenceMeter, read_record
 from edgerun.recipe import Chunks, DhsaOptions, LayerChoice, Selector
 from edgerun.techniques.boundary_predictor import (
     BoundaryPredictor,
@@ -52,7 +56,7 @@ _NOTHING = 1e-6  # of the target: an allowance below it proposes nothing new
 _FAR_BEHIND = 3.0  # times the best way's divergence
 _TOO_SMALL_TO_TELL = 0.02  # of the target: divergences below it say nothing about which way is better
 # Shares of the progress bar at whose end each stage is.
-_ALONE, _TOGETHER, _HELD_OUT = 0.8, 0.88, 0.92
+_ALONE, _TOGETHER, _HELD_OUT, _PROOF = 0.8, 0.87, 0.9, 0.92
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Settings:
     """What a calibration is asked for."""
 
     lengths: tuple[int, ...] = (4096,)  # tokens
-    samples: int = 6  # texts to choose by, and as many held out
+    samples: int = 6  # texts to choose by, as many to narrow by, and as many to prove on
     seed: int = 0
     decode_tokens: int = 64  # of every text, fed one by one
     max_kl_nats: float = DEFAULT_MAX_KL_NATS
@@ -105,15 +109,23 @@ class Settings:
         return self.max_context or max(self.lengths)
 
 
+Part = Literal["chosen by", "held out", "proof"]  # of the text
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """calibration: None when not even the most careful choice keeps the target; `closest` is what that one reached."""
+    """calibration: None when the target is not kept; `closest` is what the last choice reached, `part` where.
+
+    In the parts "chosen by" and "held out" that choice is the most careful one; in "proof" it is the only one that was
+    measured there.
+    """
 
     calibration: Calibration | None
     predictor: BoundaryPredictor | None
     alone: tuple[tuple[Option, ...], ...]  # every option that was measured, by layer, the dense one first
     dense_pairs: float  # attended by the dense model, summed over what costs are summed over
     closest: tuple[Achieved, ...] = ()
+    part: Part = "chosen by"
 
 
 def calibrate(
@@ -126,40 +138,52 @@ def calibrate(
 ) -> Outcome:
     """Choose for every layer of the model, on `texts`. record: JSON lines, to go on where another run stopped.
 
-    Raises EdgerunError for too little text or a damaged record, ExportError for a model or budgets that do not fit.
+    Raises EdgerunError for too little text or a record that is damaged or in use, ExportError for a model or budgets
+    that do not fit.
     """
     report = progress or (lambda stage, fraction: None)
     checkpoint.sha256(progress)
     text = make_text(checkpoint, texts, max(settings.lengths), settings.samples, settings.seed)
-    meter = DivergenceMeter(
-        checkpoint,
-        max_context=settings.context(),
-        prefill_slice=min(settings.prefill_slice, settings.context()),
-        decode_tokens=settings.decode_tokens,
-        record=record,
-    )
+    with record_lines.writer(record) as append:
+        meter = DivergenceMeter(
+            checkpoint,
+            max_context=settings.context(),
+            prefill_slice=min(settings.prefill_slice, settings.context()),
+            decode_tokens=settings.decode_tokens,
+            known=read_record(record),
+            append=append,
+        )
+        return _calibrate(meter, text, settings, report)
+
+
+def _calibrate(
+    meter: DivergenceMeter, text: CalibrationText, settings: Settings, report: Callable[[str, float], None]
+) -> Outcome:
     chooser = _Chooser(meter, text, settings, report)
     alone = chooser.each_alone()
     proposal, allowance = chooser.widest_that_holds(alone)
     report("held-out text", _TOGETHER)
-    closest: tuple[Achieved, ...] = ()
-    achieved: tuple[Achieved, ...] = ()
-    while proposal is not None and not achieved:
-        closest = chooser.achieved(proposal, text.held_out)
-        if all(one.holds(settings.max_kl_nats) for one in closest):
-            achieved = closest
-        else:
-            proposal, allowance = chooser.next_narrower(alone, proposal, allowance)
+    narrowed: tuple[Achieved, ...] = ()
+    while proposal is not None and not chooser.keeps(narrowed := chooser.achieved(proposal, text.held_out)):
+        proposal, allowance = chooser.next_narrower(alone, proposal, allowance)
     dense_pairs = chooser.dense_pairs()
     if proposal is None:
-        return Outcome(None, None, alone, dense_pairs, closest or chooser.most_careful)
+        if narrowed:
+            return Outcome(None, None, alone, dense_pairs, narrowed, "held out")
+        return Outcome(None, None, alone, dense_pairs, chooser.most_careful)
+    report("proof text", _HELD_OUT)
+    achieved = chooser.achieved(proposal, text.proof)
+    if not chooser.keeps(achieved):
+        return Outcome(None, None, alone, dense_pairs, achieved, "proof")
     dhsa = settings.dhsa.with_layers(proposal)
     predictor, metrics = _predictor(meter, text, dhsa, settings, report) if settings.predictor else (None, None)
     report("done", 1.0)
     site = meter.model.sites[0]
     calibration = Calibration(
-        checkpoint_sha256=checkpoint.sha256(),
-        model=ModelShape(checkpoint.config.model_type, len(proposal), site.query_heads, site.kv_heads, site.head_dim),
+        checkpoint_sha256=meter.checkpoint.sha256(),
+        model=ModelShape(
+            meter.checkpoint.config.model_type, len(proposal), site.query_heads, site.kv_heads, site.head_dim
+        ),
         dhsa=dhsa,
         max_kl_nats=settings.max_kl_nats,
         achieved=achieved,
@@ -169,7 +193,7 @@ def calibrate(
         seed=settings.seed,
         predictor=metrics,
     )
-    return Outcome(calibration, predictor, alone, dense_pairs, achieved)
+    return Outcome(calibration, predictor, alone, dense_pairs, achieved, "proof")
 
 
 def measure_calibration(
@@ -182,10 +206,9 @@ def measure_calibration(
     seed: int = 1,
     max_context: int | None = None,
     prefill_slice: int = 512,
-    record: pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Achieved, ...]:
-    """What a calibration's choices reach on other text, a length each (None: those it was made for), 2 * samples texts.
+    """What a calibration's choices reach on other text, a length each (None: those it was made for), 3 * samples texts.
 
     Raises EdgerunError for another checkpoint or too little text.
     """
@@ -198,9 +221,8 @@ def measure_calibration(
         max_context=context,
         prefill_slice=min(prefill_slice, context),
         decode_tokens=calibration.decode_tokens,
-        record=record,
     )
-    windows = text.chosen_by + text.held_out
+    windows = text.chosen_by + text.held_out + text.proof
     found = []
     for done, length in enumerate(wanted):
         if progress is not None:
@@ -281,6 +303,10 @@ class _Chooser:
         dhsa = self._settings.dhsa.with_layers(proposal)
         return tuple(self._meter.achieved(dhsa, self._at(windows, length)) for length in self._settings.lengths)
 
+    def keeps(self, achieved: Sequence[Achieved]) -> bool:
+        """Whether the target is kept at every length."""
+        return all(one.holds(self._settings.max_kl_nats) for one in achieved)
+
     def dense_pairs(self) -> float:
         """What the dense model attends, over the lengths and the windows to choose by, a window's mean."""
         return self._divergence(None)[1]
@@ -291,7 +317,7 @@ class _Chooser:
 
     def _holds(self, proposal: Proposal) -> bool:
         found = self.achieved(proposal, self._text.chosen_by)
-        held = all(one.holds(self._settings.max_kl_nats) for one in found)
+        held = self.keeps(found)
         if not held:
             self.most_careful = found
         return held
@@ -327,21 +353,25 @@ def _predictor(
     settings: Settings,
     report: Callable[[str, float], None],
 ) -> tuple[BoundaryPredictor, PredictorMetrics]:
-    """A predictor for the first sparse layer, from the dense model's keys and attention there, and how good it is."""
-    report("boundary predictor", _HELD_OUT)
+    """A predictor for the first sparse layer, from the dense model's keys and attention there, and how good it is.
+
+    Trained on the text to choose by, measured on that of the proof.
+    """
+    report("boundary predictor", _PROOF)
     meter.model.attend_as(meter.dense)
     first = next(layer for layer in range(len(meter.model.sites)) if dhsa.of_layer(layer) is not None)
     seen = []
-    for done, window in enumerate(text.chosen_by + text.held_out):
+    for done, window in enumerate(text.chosen_by + text.proof):
         (layer,) = layer_activations(meter.model, window, [first], meter.dense.prefill_slice)
         labels = boundary_labels(*gap_masses(layer.query, layer.key, layer.scale, layer.softcap))
         seen.append(BoundaryText(joined_heads(layer.key), labels))
-        report("boundary predictor", _HELD_OUT + 0.03 * (done + 1) / (2 * settings.samples))
+        report("boundary predictor", _PROOF + 0.03 * (done + 1) / (2 * settings.samples))
     site = meter.model.sites[first]
     predictor = train_predictor(
         seen[: settings.samples],
         site.kv_heads,
         site.head_dim,
+        layer=first,
         steps=settings.predictor_steps,
         seed=settings.seed,
         on_step=lambda done, steps: report("boundary predictor", 0.95 + 0.05 * done / steps),

@@ -41,6 +41,11 @@ class Measurement:
     causal_pairs: int
 
 
+def read_record(path: pathlib.Path | None) -> list[Measurement]:
+    """The measurements of a JSONL file, none for no file. Raises EdgerunError for a damaged one."""
+    return [] if path is None else record_lines.read(path, lambda line: Measurement(**line), "a measurement")
+
+
 class DivergenceMeter:
     """Measures recipes of one checkpoint on windows; the model is loaded when something is not yet on record."""
 
@@ -51,15 +56,15 @@ class DivergenceMeter:
         max_context: int,
         prefill_slice: int,
         decode_tokens: int,
-        record: pathlib.Path | None = None,
+        known: Sequence[Measurement] = (),
+        append: record_lines.Append | None = None,
     ) -> None:
-        """record: JSON lines that are read now and appended to. Raises EdgerunError for a damaged one."""
+        """known: what is not measured again, as `read_record` gives it; append: takes what is new, as JSON."""
         self.checkpoint = checkpoint
         self.dense = Recipe(attention="dense", max_context=max_context, prefill_slice=prefill_slice)
         self._decode_tokens = decode_tokens
-        self._record = record
-        lines = record_lines.read(record, lambda line: Measurement(**line), "a measurement") if record else []
-        self._known = {(one.build, one.text): one for one in lines}
+        self._append = append
+        self._known = {(one.build, one.text): one for one in known}
         self._model: CausalLM | None = None
         self._dense_logits: dict[str, npt.NDArray[np.float32]] = {}
 
@@ -116,8 +121,8 @@ class DivergenceMeter:
 
     def _keep(self, measurement: Measurement) -> None:
         self._known[measurement.build, measurement.text] = measurement
-        if self._record is not None:
-            record_lines.append(self._record, dataclasses.asdict(measurement))
+        if self._append is not None:
+            self._append(dataclasses.asdict(measurement))
 
     def _name(self, window: Window) -> str:
         return hashlib.sha256(json.dumps([self._decode_tokens, window]).encode()).hexdigest()

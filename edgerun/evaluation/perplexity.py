@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from edgerun.errors import EdgerunError
 from edgerun.evaluation.sample import EVALUATION_SPLIT, seeded_random
+from edgerun.evaluation.text_files import read_texts
 
 if TYPE_CHECKING:
     import tokenizers
@@ -61,15 +62,7 @@ class Measured:
 
 def read_text(files: Sequence[pathlib.Path]) -> str:
     """The files one after another. Raises EdgerunError for one that is not there or not UTF-8 text."""
-    parts = []
-    for path in files:
-        try:
-            parts.append(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise EdgerunError(f"{path} cannot be read ({error.strerror}): pass text files to --text") from error
-        except UnicodeDecodeError as error:
-            raise EdgerunError(f"{path} is not UTF-8 at byte {error.start}: pass text files to --text") from error
-    return "\n".join(parts)
+    return "\n".join(read_texts(files))
 
 
 def task_name(last: int, text: str) -> str:

@@ -2,7 +2,7 @@
 
 A sample is decided by (task, length, seed, index, split) alone, through a string seed of `random.Random` (SHA-512 of
 the string, the same on every machine). The split's name is part of that string: training draws from split "train",
-evaluation from split "evaluation", so no seed and index can make the two meet.
+evaluation from "evaluation", text to calibrate on from "calibration", so no seed and index can make two of them meet.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ TokenCounter = Callable[[str], int]
 
 EVALUATION_SPLIT = "evaluation"
 TRAINING_SPLIT = "train"
+CALIBRATION_SPLIT = "calibration"
 # Tokens kept free beside prompt and answer: one for the beginning-of-sequence token, the rest for an answer that starts
 # with a colon or a line break. Ours: RULER keeps 128, 30, 120 and 50 tokens, more than a short byte-level context has.
 _ANSWER_SLACK = 16

@@ -302,7 +302,8 @@ def measure_all(
 ) -> list[Measurement]:
     """Every selector at every budget on every job, of both kinds; what the record has is not measured again.
 
-    A budget that holds the whole prompt is left out: everyone is dense there. Raises EdgerunError for a damaged record.
+    A budget that holds the whole prompt is left out: everyone is dense there. Raises EdgerunError for a record that is
+    damaged or that another run writes.
     """
     known = read_record(record)
     missing: list[Task] = []
@@ -325,15 +326,14 @@ def measure_all(
                 ]
     missing = [dataclasses.replace(task, contender=contender.absolute()) for task in _merged(missing)]
     done = len([key for key in wanted if key in known])
-    for found in run_anywhere(measure, missing, processes, ray, _describe):
-        for one in found:
-            known[one.key] = one
-        if record is not None:
+    with record_lines.writer(record) as append:
+        for found in run_anywhere(measure, missing, processes, ray, _describe):
             for one in found:
-                record_lines.append(record, one.to_json())
-        done += len(found)
-        if on_done is not None:
-            on_done(done, len(wanted))
+                known[one.key] = one
+                append(one.to_json())
+            done += len(found)
+            if on_done is not None:
+                on_done(done, len(wanted))
     return [known[key] for key in wanted if key in known]
 
 
@@ -353,9 +353,9 @@ def _merged(tasks: Sequence[Task]) -> list[Task]:
 
 
 def read_record(path: pathlib.Path | None) -> dict[tuple[object, ...], Measurement]:
-    """The measurements of a JSONL file. A last line cut short, as a killed run leaves it, is dropped.
+    """The measurements of a JSONL file. A last line cut short, as a killed run leaves it, is none.
 
-    Raises EdgerunError for another line that is none.
+    Raises EdgerunError for another line that is no measurement.
     """
     if path is None:
         return {}

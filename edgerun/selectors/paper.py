@@ -15,7 +15,7 @@ import torch
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention_paper import PaperOptions, paper_boundaries, paper_scores, paper_tokens
 from edgerun.selectors.interface import Call
-from edgerun.selectors.pooled import BoundaryLogits
+from edgerun.selectors.pooled import BoundaryLogits, require_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class PaperAttention:
         """Chunk starts, found by the first layer in the last call of several tokens, and shared by the others."""
         known = call.shared.get("paper_starts")
         if call.query.shape[2] > 1 and (known is None or known[0] == call.layer):
+            require_layer(self.logits, call)
             known = (call.layer, paper_boundaries(self.logits(call.keys), options), call.stored)
             call.shared["paper_starts"] = known
         if known is None:

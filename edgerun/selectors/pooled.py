@@ -114,12 +114,23 @@ def boundary_logits(call: Call, predict: BoundaryLogits) -> torch.Tensor:
     name = ("boundary_logits", predict)
     layer, known = call.shared.get(name, (call.layer, torch.zeros(0)))
     if layer == call.layer:
+        require_layer(predict, call)
         # The gap i | i + 1 was final once the key i + 4 was there, so gaps from here on are computed again.
         final = max(0, min(len(known) + 1, call.input_pos) - BOUNDARY_WINDOW)
         begin = max(0, final - BOUNDARY_WINDOW + 1)
         known = torch.cat([known[:final], predict(call.keys[:, begin:])[final - begin :]])
         call.shared[name] = (layer, known)
     return known
+
+
+def require_layer(predict: BoundaryLogits, call: Call) -> None:
+    """Raise EdgerunError when the logits come from a predictor that was trained on another layer's keys."""
+    layer = getattr(predict, "layer", None)
+    if layer is not None and layer != call.layer:
+        raise EdgerunError(
+            f"the predictor was trained on the keys of layer {layer}, boundaries are found in layer {call.layer}: pass "
+            f"one of layer {call.layer}, or make layer {layer} the first sparse one (--dense-layers)"
+        )
 
 
 def pool_queries(query: torch.Tensor, call: Call, pooling: str) -> torch.Tensor:

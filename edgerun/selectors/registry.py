@@ -19,6 +19,7 @@ from edgerun.selectors.interface import BlockSelector
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.pooled import BoundaryLogits, Pooled, Shipped
 from edgerun.selectors.simple import Dense, Recent, Shuffled
+from edgerun.techniques.boundary_predictor import BoundaryPredictor, boundary_logits
 
 # Those that the native op has itself: a recipe says all of them.
 OP_SELECTORS = ("chunk", "block-topk", "window-sink")
@@ -198,12 +199,24 @@ def make(name: str, dhsa: DhsaOptions, predictor: BoundaryLogits | pathlib.Path 
     return Engine(made[0], made[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class _TrainedLogits:
+    """A trained predictor's logits of gaps, and the layer whose keys it takes."""
+
+    predictor: BoundaryPredictor
+
+    @property
+    def layer(self) -> int | None:
+        return self.predictor.layer
+
+    def __call__(self, keys: torch.Tensor) -> torch.Tensor:
+        return boundary_logits(self.predictor, keys)
+
+
 def _logits_of(calibration: pathlib.Path) -> BoundaryLogits:
     from edgerun.calibration import load_predictor
-    from edgerun.techniques.boundary_predictor import boundary_logits
 
-    trained = load_predictor(calibration)
-    return lambda keys: boundary_logits(trained, keys)
+    return _TrainedLogits(load_predictor(calibration))
 
 
 def revision(name: str) -> str:

@@ -33,11 +33,11 @@ _GAPS_AT_ONCE = 2048  # bounds the windows that are held at once
 
 
 class BoundaryPredictor(nn.Module):
-    """Logits of gaps from windows of keys [gaps, 2w, C] -> [gaps]."""
+    """Logits of gaps from windows of keys [gaps, 2w, C] -> [gaps]. layer: whose keys these are; None: not known."""
 
-    def __init__(self, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, kv_heads: int, head_dim: int, layer: int | None = None) -> None:
         super().__init__()
-        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.kv_heads, self.head_dim, self.layer = kv_heads, head_dim, layer
         channels = kv_heads * head_dim
         self.heads = next(heads for heads in (8, 4, 2, 1) if channels % heads == 0)
         self.query_key_value = nn.Linear(channels, 3 * channels)
@@ -197,6 +197,7 @@ class BoundaryText:
 class PredictorMetrics:
     """How well a predictor tells boundaries on text that it did not see. cosine_auc: the closed form's, as a peer."""
 
+    layer: int | None  # whose keys it was trained on
     parameters: int
     multiply_adds_per_token: int
     gaps: int
@@ -214,16 +215,20 @@ def train_predictor(
     kv_heads: int,
     head_dim: int,
     *,
+    layer: int | None = None,
     steps: int = 600,
     gaps_per_step: int = 512,
     learning_rate: float = 1e-4,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> BoundaryPredictor:
-    """A predictor trained on `texts` by Adam; one seed, one result on one machine. on_step: told (done, all)."""
+    """A predictor trained on `texts` by Adam; one seed, one result on one machine.
+
+    layer: whose keys the texts have. on_step: told (done, all).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        predictor = BoundaryPredictor(kv_heads, head_dim)
+        predictor = BoundaryPredictor(kv_heads, head_dim, layer)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=learning_rate)
     windows = [text.keys.unfold(0, 2 * BOUNDARY_WINDOW, 1).transpose(1, 2) for text in texts]  # views
@@ -251,6 +256,7 @@ def measure_predictor(predictor: BoundaryPredictor, texts: Sequence[BoundaryText
     said = logits > BOUNDARY_LOGIT
     right = float((said & (labels > 0)).sum())
     return PredictorMetrics(
+        layer=predictor.layer,
         parameters=predictor.parameters_count,
         multiply_adds_per_token=predictor.multiply_adds_per_token,
         gaps=len(labels),

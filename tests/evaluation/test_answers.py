@@ -12,6 +12,7 @@ from edgerun import cli
 from edgerun.commands.eval import evaluate, make_jobs
 from edgerun.commands.eval_contenders import budget_contenders, eager_contender
 from edgerun.errors import EdgerunError
+from edgerun.evaluation import record_lines
 from edgerun.evaluation.answers import Answer, Contender, Job, answer_all, read_record
 from edgerun.evaluation.sample import Sample
 from edgerun.report import Estimate, Report
@@ -83,9 +84,10 @@ def test_a_line_of_an_older_record_is_an_answer(tmp_path: pathlib.Path) -> None:
 
 def test_a_line_cut_short_is_dropped_and_the_rest_is_kept(tmp_path: pathlib.Path) -> None:
     path = record_of(tmp_path / "r.jsonl", [answer("a", job, 1.0) for job in JOBS])
-    path.write_text(path.read_text()[:-30])
+    cut = path.read_text()[:-30]
+    path.write_text(cut)
     assert list(read_record(path)) == [("a", JOBS[0])]
-    assert path.read_text().endswith("\n")
+    assert path.read_text() == cut
 
 
 def test_a_line_that_is_no_answer_is_refused(tmp_path: pathlib.Path) -> None:
@@ -98,6 +100,14 @@ def test_a_line_that_is_no_answer_is_refused(tmp_path: pathlib.Path) -> None:
 def test_what_the_record_holds_is_not_asked_again(tmp_path: pathlib.Path) -> None:
     path = record_of(tmp_path / "r.jsonl", [answer("a", job, 1.0) for job in JOBS])
     assert len(answer_all([nobody("a")], JOBS, processes=1, record=path)) == 2
+
+
+def test_a_record_that_another_run_writes_is_refused(tmp_path: pathlib.Path) -> None:
+    with (
+        record_lines.writer(tmp_path / "r.jsonl"),
+        pytest.raises(EdgerunError, match=r"r\.jsonl is being written by another run"),
+    ):
+        answer_all([nobody("a")], JOBS, processes=1, record=tmp_path / "r.jsonl")
 
 
 def test_another_build_is_asked_again(tmp_path: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ from edgerun.checkpoint import Checkpoint
 from edgerun.commands import calibrate as command
 from edgerun.errors import EdgerunError, ExportError
 from edgerun.evaluation import calibrate as module
+from edgerun.evaluation import record_lines
 from edgerun.evaluation.calibrate import (
     DEFAULT_BUDGETS,
     DEFAULT_MAX_KL_NATS,
@@ -71,6 +72,7 @@ def test_a_choice_keeps_its_target_and_saves_something(outcome: Outcome, checkpo
     made = outcome.calibration
     assert made is not None and len(made.dhsa.layers) == 3 and made.dhsa.tile == 16
     assert made.checkpoint_sha256 == checkpoint.sha256()
+    assert outcome.part == "proof"
     (achieved,) = made.achieved
     assert achieved.texts == 3 and achieved.low <= achieved.mean_kl_nats <= achieved.high <= 0.05
     assert achieved.density < 1.0
@@ -79,7 +81,7 @@ def test_a_choice_keeps_its_target_and_saves_something(outcome: Outcome, checkpo
 def test_it_holds_on_other_text_and_another_seed(outcome: Outcome, checkpoint: Checkpoint) -> None:
     assert outcome.calibration is not None
     (found,) = measure_calibration(outcome.calibration, checkpoint, [prose(5), prose(6)], samples=4, seed=3)
-    assert found.texts == 8 and found.length == 256 and found.holds(0.05)
+    assert found.texts == 12 and found.length == 256 and found.holds(0.05)
 
 
 def test_divergence_is_that_of_two_models_run_apart(outcome: Outcome, checkpoint: Checkpoint) -> None:
@@ -118,6 +120,8 @@ def test_the_predictor_is_for_the_first_sparse_layer(outcome: Outcome) -> None:
     made, predictor = outcome.calibration, outcome.predictor
     assert made is not None and made.predictor is not None and predictor is not None
     assert made.predictor.parameters == predictor.parameters_count == sum(p.numel() for p in predictor.parameters())
+    first = next(layer for layer, choice in enumerate(made.dhsa.layers) if choice != DENSE)
+    assert made.predictor.layer == predictor.layer == first
     assert made.predictor.gaps == 3 * (256 - 7) and 0.0 < made.predictor.positives < 1.0
     assert len(boundary_logits(predictor, np_keys())) == 39
 
@@ -200,7 +204,42 @@ def test_a_choice_that_misses_on_held_out_text_is_narrowed(
         ),
     )
     never = calibrate(checkpoint, [prose(0)], SETTINGS, record=record)
-    assert never.calibration is None and never.closest[0].high == 1.0
+    assert never.calibration is None and never.closest[0].high == 1.0 and never.part == "held out"
+
+
+def test_what_is_stored_was_measured_once_on_text_that_nothing_was_chosen_by(
+    checkpoint: Checkpoint, record: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrowing selects on the held-out text, so that a choice which misses the proof is not narrowed again."""
+    original = module._Chooser.achieved
+    seen: list[str] = []
+    high = 0.0
+
+    def spoken(self: module._Chooser, proposal: module.Proposal, windows: object) -> object:
+        text = self._text
+        seen.append(next(name for name in ("chosen_by", "held_out", "proof") if getattr(text, name) is windows))
+        found = original(self, proposal, windows)  # type: ignore[arg-type]
+        return (
+            tuple(dataclasses.replace(one, high=high or one.high, mean_kl_nats=0.01) for one in found[:1])
+            if (seen[-1] == "proof")
+            else found
+        )
+
+    monkeypatch.setattr(module._Chooser, "achieved", spoken)
+    proven = calibrate(checkpoint, [prose(0)], SETTINGS, record=record)
+    assert proven.calibration is not None and proven.calibration.achieved[0].mean_kl_nats == 0.01
+    assert seen.count("proof") == 1 and seen[-1] == "proof" and seen[-2] == "held_out"
+    high = 1.0
+    seen.clear()
+    missed = calibrate(checkpoint, [prose(0)], SETTINGS, record=record)
+    assert missed.calibration is None and missed.predictor is None
+    assert missed.part == "proof" and missed.closest[0].high == 1.0
+    assert seen.count("proof") == 1 and seen[-1] == "proof"
+
+
+def test_two_runs_on_one_record_are_refused(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> None:
+    with record_lines.writer(tmp_path / "a.jsonl"), pytest.raises(EdgerunError, match="written by another run"):
+        calibrate(checkpoint, [prose(0)], SETTINGS, record=tmp_path / "a.jsonl")
 
 
 def test_every_length_keeps_the_target(checkpoint: Checkpoint) -> None:

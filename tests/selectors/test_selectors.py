@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgerun.calibration import Calibration, ModelShape
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention import (
     AttentionOptions,
@@ -27,6 +29,7 @@ from edgerun.selectors.estimates import Antidiagonal, Margin, Oracle, Threshold,
 from edgerun.selectors.interface import BlockSelector, Call, Rotation, choose, merge_ranks
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.pooled import Pooled, summaries
+from edgerun.techniques.boundary_predictor import BoundaryPredictor, PredictorMetrics
 from tests.selectors.calls import GROUP, HEAD_DIM, KV_HEADS, continued, make_call
 
 BUDGETED = [n for n, e in registry.SELECTORS.items() if not n.startswith("paper") and not e.needs_predictor]
@@ -282,6 +285,30 @@ def test_generated_tokens_are_one_more_chunk() -> None:
     starts = engine.starts(dataclasses.replace(prompt, shared=shared), options)
     later = dataclasses.replace(make_call(1, input_pos=605), shared=shared)
     assert engine.starts(later, options) == [*starts, 600]
+
+
+def test_logits_of_another_layer_are_refused(tmp_path: pathlib.Path) -> None:
+    """A calibration's predictor says the layer whose keys it was trained on; later layers take what that one found."""
+    path = tmp_path / "a.calibration"
+    metrics = PredictorMetrics(1, 10, 20, 30, 0.1, 0.5, 0.4, 0.9, 0.8, None, 0.25)
+    shape = ModelShape("llama", 2, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM)
+    made = Calibration("ab", shape, DhsaOptions(), 0.02, (), "cd", 6, 64, 0, predictor=metrics)
+    made.save(path, BoundaryPredictor(KV_HEADS, HEAD_DIM, layer=1))
+    call, shared = make_call(600), {"other": 1}
+    later = dataclasses.replace(call, layer=2, shared=shared)
+    for name in ("moments-learned", "paper-v1"):
+        engine = registry.make(name, DhsaOptions(), path).prefill
+
+        def boundaries(one: Call, engine: object = engine) -> object:
+            if isinstance(engine, PaperAttention):
+                return engine.starts(one, engine.options)
+            assert isinstance(engine, Pooled)
+            return engine.chunk_starts(one).tolist()
+
+        with pytest.raises(EdgerunError, match="keys of layer 1, boundaries are found in layer 0"):
+            boundaries(call)
+        found = boundaries(dataclasses.replace(call, layer=1, shared=shared))
+        assert boundaries(later) == found
 
 
 # Names

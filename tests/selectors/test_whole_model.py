@@ -13,7 +13,7 @@ from edgerun import cli
 from edgerun.commands import eval_selectors
 from edgerun.commands.eval_contenders import eager_contender
 from edgerun.errors import EdgerunError
-from edgerun.evaluation import fidelity
+from edgerun.evaluation import fidelity, record_lines
 from edgerun.evaluation.answers import Contender, Job
 from edgerun.evaluation.selector_fidelity import (
     Measurement,
@@ -187,6 +187,12 @@ def test_a_cut_line_is_dropped_and_a_damaged_one_named(tmp_path: pathlib.Path) -
     path.write_text('{"build": 3}\n')
     with pytest.raises(EdgerunError, match="line 1 is not a measurement"):
         read_record(path)
+
+
+def test_a_record_that_another_run_writes_is_refused(contender: Contender, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "record.jsonl"
+    with record_lines.writer(path), pytest.raises(EdgerunError, match="written by another run"):
+        measure_all(contender, JOBS, ("shipped",), (256,), processes=1, record=path)
 
 
 def test_the_report_shows_intervals_and_the_oracle_first(
