@@ -89,12 +89,21 @@ def _clean_end_by_signal() -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
 
 
+class _VerbsFormatter(argparse.RawDescriptionHelpFormatter):
+    """Room for the longest verb beside its help: argparse does not count that verbs are indented once more."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER:
+            self._action_max_length += self._indent_increment
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edgerun",
         description="A pretrained model in, a bundle for a phone or an edge board out, proven to compute the same.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_VerbsFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"edgerun {__version__}")
