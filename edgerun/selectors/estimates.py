@@ -13,7 +13,7 @@ import torch
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention import Lists
 from edgerun.recipe import MICRO_BLOCK
-from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, everything, fold, merge_ranks
+from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, everything, fold, merge_ranks, products
 
 
 def capped(logits: torch.Tensor, call: Call) -> torch.Tensor:
@@ -27,8 +27,9 @@ def exact_logits(call: Call, group: int) -> torch.Tensor:
     first, last = call.groups[group]
     rows = torch.arange(call.input_pos + first, call.input_pos + last)
     end = call.input_pos + last
-    logits = capped(call.options.scale * call.query[:, :, first:last] @ call.keys[:, None, :end].transpose(2, 3), call)
-    logits.masked_fill_(torch.arange(end) > rows[:, None], -math.inf)
+    logits = capped(products(call.options.scale * call.query[:, :, first:last], call.keys[:, :end]), call)
+    own = call.input_pos + first  # what comes before is seen by every row
+    logits[..., own:].masked_fill_(torch.arange(own, end) > rows[:, None], -math.inf)
     return logits
 
 
@@ -42,8 +43,11 @@ def exact_mass(call: Call) -> torch.Tensor:
     """Softmax weights summed over each group's rows and query heads: [Hkv, groups, blocks]; a row's sum to 1."""
     found = call.query.new_zeros(call.query.shape[0], len(call.groups), call.blocks)
     for group in range(len(call.groups)):
-        weights = exact_logits(call, group).softmax(dim=-1).sum(dim=(1, 2))  # [Hkv, n]
-        found[:, group] = block_sums(weights, call.blocks)
+        weights = exact_logits(call, group)  # softmax in place: this is what measurements wait for
+        weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+        shares = weights.sum(dim=-1).reciprocal()  # [Hkv, G, rows]
+        columns = torch.einsum("hgr,hgrn->hn", shares, weights)
+        found[:, group] = block_sums(columns, call.blocks)
     return found
 
 
@@ -113,7 +117,7 @@ class VerticalSlash(RankedSelector):
         rows = min(self.last_queries, call.query.shape[2])
         positions = torch.arange(call.stored - rows, call.stored)[:, None]
         columns = torch.arange(call.stored)
-        logits = capped(call.options.scale * call.query[:, :, -rows:] @ call.keys[:, None].transpose(2, 3), call)
+        logits = capped(products(call.options.scale * call.query[:, :, -rows:], call.keys), call)
         weights = logits.masked_fill(columns > positions, -math.inf).softmax(dim=-1).sum(dim=1)  # [Hkv, rows, n]
         verticals = block_sums(weights.sum(dim=1), call.blocks)  # [Hkv, blocks]
         distances = (positions - columns).clamp(min=0).expand_as(weights)
@@ -158,7 +162,7 @@ class Antidiagonal(RankedSelector):
             padding = (0, 0, start % stride, -last % stride)  # rows that are not there are 0
             rows = fold(torch.nn.functional.pad(call.query[:, :, begin:end], padding), 2, (-1, stride))
             folded = rows.flip(3).flatten(3)  # [Hkv, G, squares, s D]
-            logits = capped((call.options.scale / stride) * folded @ folded_keys[:, None].transpose(2, 3), call)
+            logits = capped(products((call.options.scale / stride) * folded, folded_keys), call)
             logits.masked_fill_(columns > squares[:, None], -math.inf)
             weights = logits.softmax(dim=-1).sum(dim=(1, 2))  # [Hkv, n / s]
             found[:, group] = fold(weights, 1, (call.blocks, MICRO_BLOCK // stride)).sum(-1)

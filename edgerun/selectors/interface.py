@@ -150,6 +150,11 @@ def fold(x: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
     return split
 
 
+def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [H, ..., D] with every row of y [H, n, D]: [H, ..., n], as one product a head, so that y is not copied."""
+    return (x.flatten(1, -2) @ y.transpose(1, 2)).view(*x.shape[:-1], y.shape[1])
+
+
 def everything(call: Call) -> Lists:
     """Dense attention as lists."""
     return [[list(range(end)) for _, _, end in call.ranges] for _ in range(call.query.shape[0])]

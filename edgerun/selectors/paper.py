@@ -14,7 +14,7 @@ import torch
 
 from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention_paper import PaperOptions, paper_boundaries, paper_scores, paper_tokens
-from edgerun.selectors.interface import Call
+from edgerun.selectors.interface import Call, products
 from edgerun.selectors.pooled import BoundaryLogits, require_layer
 
 
@@ -35,7 +35,7 @@ class PaperAttention:
         for (first, last), columns in picked:
             rows = torch.arange(call.input_pos + first, call.input_pos + last)
             visible = columns <= rows[:, None]
-            logits = call.options.scale * call.query[:, :, first:last] @ call.keys[:, None, columns].transpose(2, 3)
+            logits = products(call.options.scale * call.query[:, :, first:last], call.keys[:, columns])
             if call.options.softcap > 0:
                 logits = call.options.softcap * torch.tanh(logits / call.options.softcap)
             weights = logits.masked_fill(~visible, -math.inf).softmax(dim=-1)

@@ -19,7 +19,7 @@ from edgerun.errors import EdgerunError
 from edgerun.ops.dhsa_attention import Lists, native_lists
 from edgerun.ops.dhsa_attention_types import BOUNDARY_WINDOW
 from edgerun.recipe import MAX_CHUNK, MICRO_BLOCK
-from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, fold, merge_ranks
+from edgerun.selectors.interface import BlockSelector, Call, RankedSelector, fold, merge_ranks, products
 from edgerun.techniques.boundary_predictor import learned_cuts
 
 Pool = Literal["mean", "sqrt", "centred", "minmax", "moments"]
@@ -212,24 +212,24 @@ def chunk_scores(
 
     if pooling == "minmax":
         positive, negative = pooled.clamp(min=0), pooled.clamp(max=0)
-        bounds = positive @ second[0][:, None].transpose(2, 3) + negative @ first[:, None].transpose(2, 3)
+        bounds = products(positive, second[0]) + products(negative, first)
         bounds = bounds.masked_fill(~allowed[:, None], -math.inf)
         scores = bounds.new_full((*bounds.shape[:-1], chunks), -math.inf)
         scores.scatter_reduce_(-1, chunk.expand_as(bounds), bounds, "amax")
     elif pooling == "moments":
         scaled = call.options.scale * pooled
-        mass = scaled @ first[:, None].transpose(2, 3) + 0.5 * scaled.square() @ second[0][:, None].transpose(2, 3)
+        mass = products(scaled, first) + products(0.5 * scaled.square(), second[0])
         before_local = torch.arange(blocks) < torch.tensor([local for _, local, _ in call.ranges])[:, None]
         everything = mass.masked_fill(~before_local[:, None], -math.inf).logsumexp(dim=-1, keepdim=True)
         share = mass - everything
         top = share.masked_fill(~allowed[:, None], -math.inf).amax(dim=-1, keepdim=True).clamp(min=-1e30)
         scores = over_chunks((share - top).exp()).log() + top - size.log()[:, None]
     else:
-        products = pooled @ first[:, None].transpose(2, 3)
-        scores = over_chunks(products) / size[:, None]
+        dots = products(pooled, first)
+        scores = over_chunks(dots) / size[:, None]
         if pooling == "centred":
             before_local = torch.arange(blocks) < torch.tensor([local for _, local, _ in call.ranges])[:, None]
-            total = torch.where(before_local[:, None], products, torch.zeros(())).sum(dim=-1, keepdim=True)
+            total = torch.where(before_local[:, None], dots, torch.zeros(())).sum(dim=-1, keepdim=True)
             scores = scores - total / before_local.sum(dim=1).clamp(min=1)[:, None, None]
         if pooling in ("sqrt", "centred"):
             scores = (MICRO_BLOCK * size).sqrt()[:, None] * scores
