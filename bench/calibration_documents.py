@@ -1,12 +1,13 @@
-"""Text to calibrate the shipped model on, and other text to check the calibration by: needle documents and sources.
+r"""Text to calibrate the shipped model on, and other text to check the calibration by: needle documents and sources.
 
     python bench/calibration_documents.py --out calibration_text --seed 0
     edgerun calibrate zoo:text --text calibration_text/* --samples 8 -o zoo.calibration
-    python bench/calibration_documents.py --out A --seed 1 --sources 0                                  # another seed
-    python bench/calibration_documents.py --out B --seed 1 --documents 0                                # other sources
+    python bench/calibration_documents.py --out A --seed 1 --sources 0
+    python bench/calibration_documents.py --out B --seed 1 --documents 0
     python bench/calibration_documents.py --out C --seed 1 --sources 0 --documents 12 --tasks vt
-    python bench/calibration_documents.py --out D --seed 1 --sources 0 --documents 6 --tasks niah_multikey_1 niah_single_3
-    edgerun calibrate zoo:text --text A/* --samples 4 --check zoo.calibration                           # B: --samples 8
+    python bench/calibration_documents.py --out D --seed 1 --sources 0 --documents 6 \
+        --tasks niah_multikey_1 niah_single_3
+    edgerun calibrate zoo:text --text A/* --samples 4 --check zoo.calibration       # B: --samples 8
 
 These made bench/results/calibration_zoo_text.json and, of A to D, _other_seed, _other_sources, _variable_tracking and
 _other_tasks.
