@@ -8,9 +8,9 @@
     python bench/accuracy_lab.py sample --work FOLDER   # two minutes of it, as CI runs it, into an empty FOLDER
 
 Each stage prints its cost before it starts, and goes on where it was after a stop. Every contender answers the same
-samples under the same sink and tail; budgets give 12.5, 25 and 44 % causal density, (B / L)(2 - B / L). --predictor
-names the file of `edgerun calibrate` that has the paper's trained boundary predictor; without it what needs one is
-left out.
+samples under the same sink and tail. Budgets give 12.5, 25 and 44 % causal density, (B / L)(2 - B / L), but in stage 1
+they are those of 8,192 tokens at every length, so more of a shorter prompt is attended. --predictor names the file of
+`edgerun calibrate` that has the paper's trained boundary predictor; without it what needs one is left out.
 """
 
 from __future__ import annotations

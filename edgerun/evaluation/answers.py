@@ -172,11 +172,7 @@ def _describe(task: tuple[Contender, Job]) -> str:
 
 
 def _answer(task: tuple[Contender, Job]) -> Answer:
-    return answer_one(*task)
-
-
-def answer_one(contender: Contender, job: Job) -> Answer:
-    """One contender's answer to one job, in this process, which keeps the contender loaded until another answers."""
+    contender, job = task
     return _answerer(contender).answer(job)
 
 
