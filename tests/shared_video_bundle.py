@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import pathlib
 
+import numpy as np
 import pytest
+import torch
 
 from edgerun.bundle import Bundle
 from edgerun.export import export_video_bundle
+from edgerun.models import rectified_flow
+from edgerun.models.text_to_video import VideoCheckpoint
+from edgerun.techniques.linear_proportional_leap import FixedLeap
+from edgerun.techniques.temporal_token_merging import adjacent_groups, frame_merge
 from edgerun.video_recipe import VideoRecipe
 from tests.models import tiny_video_checkpoint
 
@@ -38,3 +45,36 @@ def bundle(factory: pytest.TempPathFactory) -> Bundle:
     with (source.parent / "bundle lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return export_video_bundle(source, RECIPE, source.parent / "tiny.edgerun")
+
+
+@dataclasses.dataclass(frozen=True)
+class EagerClip:
+    """What the checkpoint's own models make of a prompt by RECIPE, in torch."""
+
+    tokens: list[int]
+    noise: np.ndarray  # float32 [4, 6, 6, 8]
+    latents: np.ndarray  # the same shape
+    evaluations: int
+    pixels: np.ndarray  # float32 [10, 12, 16, 3], 0 to 255
+
+
+def eager_clip(source: VideoCheckpoint, times: list[float], prompt: str) -> EagerClip:
+    """With all that RECIPE asks for: merged first steps, then plain ones, then the leap."""
+    encoder, denoiser, vae = source.load_text_encoder(), source.load_denoiser(), source.load_autoencoder()
+    y = encoder.encode(prompt)
+    both = torch.cat([y, denoiser.null_caption(y.shape[1])[None]])
+    noise = torch.randn(1, 4, 6, 6, 8, generator=torch.Generator().manual_seed(3))
+    merge, step = frame_merge(adjacent_groups(6)), iter(range(4))
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        merged = merge if next(step) < RECIPE.merge_steps else None
+        time, fps = torch.tensor([t, t]), torch.tensor([8.0, 8.0])
+        with torch.no_grad():
+            v = denoiser(torch.cat([x, x]), time, both, fps=fps, pixels=(12, 16), merge=merged)
+        return rectified_flow.guide(*v.chunk(2), 2.0)
+
+    sampled = rectified_flow.sample(velocity, noise, times, FixedLeap(RECIPE.leap_evaluations))
+    with torch.no_grad():
+        pixels = ((vae.decode(sampled.latents, 10)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+    tokens = encoder.tokenizer.encode(prompt)[0].tolist()
+    return EagerClip(tokens, noise[0].numpy(), sampled.latents[0].numpy(), sampled.evaluations, pixels.numpy())

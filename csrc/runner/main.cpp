@@ -51,6 +51,9 @@ Video:
   --merge-steps N       first steps with merged frames, instead of the bundle's
   --state-out F         where a run that SIGINT or SIGTERM ends is saved
   --state-in F          go on from there; the prompt is not read then
+  --progress            say each prompt, step and chunk of latents on the standard error as it begins, in a line:
+                        progress STAGE DONE TOTAL EVALUATIONS TIME ELAPSED_MS
+
 Exit status: 0 good, 2 bad usage or input, with one line on the standard error.
 )";
 
@@ -105,6 +108,9 @@ bool parse_arguments(int count, char** values, Request* request) {
     const std::string argument = values[i];
     if (argument == "--no-verify") {
       request->session.verify = 0;
+    } else if (argument == "--progress") {
+      request->video.progress = true;
+      if (request->video_option.empty()) request->video_option = argument;
     } else if (argument.rfind("--", 0) != 0) {
       if (!request->bundle.empty())
         return fail("two bundles, '" + request->bundle + "' and '" + argument + "': give one");

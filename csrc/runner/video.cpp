@@ -1,6 +1,7 @@
 #include "csrc/runner/video.h"
 
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 
@@ -15,7 +16,15 @@ volatile std::sig_atomic_t stopped = 0;
 
 void stop(int) { stopped = 1; }
 int32_t is_stopped(void*) { return stopped; }
-int32_t is_stopped_at(const edgerun_video_progress*, void*) { return stopped; }
+int32_t is_stopped_at(const edgerun_video_progress* progress, void* tells) {
+  static constexpr const char* kStages[] = {"encode", "denoise", "decode"};
+  if (*static_cast<const bool*>(tells)) {
+    std::fprintf(stderr, "progress %s %lld %lld %lld %.9g %.3f\n", kStages[progress->stage],
+                 static_cast<long long>(progress->done), static_cast<long long>(progress->total),
+                 static_cast<long long>(progress->evaluations), progress->time, progress->elapsed_ms);
+  }
+  return stopped;
+}
 
 bool parse_leap(const std::string& option, const std::string& value, edgerun_video_generate_options* options) {
   const size_t colon = value.find(':');
@@ -111,8 +120,9 @@ bool run_video(const VideoRequest& request) {
   std::signal(SIGTERM, stop);
   edgerun_video_result result = {};
   result.struct_bytes = sizeof(result);
+  bool tells = request.progress;
   if (edgerun_video_session_generate(session, request.tokens.data(), request.tokens.size(), &options, is_stopped_at,
-                                     nullptr, &result) != EDGERUN_OK) {
+                                     &tells, &result) != EDGERUN_OK) {
     return failed_call();
   }
   if (result.cancelled != 0) return save_state(session, request);
@@ -123,6 +133,8 @@ bool run_video(const VideoRequest& request) {
   json.key("build").value(info.build);
   write_device(info.threads, &json);
   json.key("frames").begin_array().value(info.frames).value(info.height).value(info.width).value(3).end_array();
+  json.key("latent").begin_array().value(info.channels).value(info.latent_frames);
+  json.value(info.latent_height).value(info.latent_width).end_array();
   json.key("fps").value(info.fps).key("run").raw(run).end_object();
   const auto wrote = [](const std::string& path, const void* data, size_t bytes) {
     return path.empty() || write_file(path, data, bytes);
