@@ -244,6 +244,17 @@ TOLERANCES: Mapping[str, Tolerance] = types.MappingProxyType(
             "top-2 logit margin of the eager model at the first divergence (fp16 or quantised)",
             "quantized_parity_logits x logits of order 10",
         ),
+        "pixel_levels": Tolerance(
+            1.0,
+            "largest difference of 8-bit pixels, frames of a float32 program against eager",
+            "a value within logits_fp32 of a level's edge is rounded to either side; none is a whole level off",
+        ),
+        "quantized_frames_psnr_db": Tolerance(
+            29.0,
+            "PSNR, 8-bit frames of a quantised program against its fake-quantised eager model, dB",
+            "20 log10(255 / (quantized_parity_logits x 128 levels x sqrt 2)) = 29: latents that far off, decoded",
+            least=True,
+        ),
         "cross_isa_logits": Tolerance(
             1e-4,
             "relative L2, float32 logits on arm64 against x86 of one bundle",

@@ -1,6 +1,6 @@
 """The way from a video checkpoint to a published bundle: every block of its three chains becomes a program of its own,
 is loaded again and held against its module, and only then is the next one made. One model is in memory at a time, and
-of the denoiser one block.
+of the denoiser one block. What the modules made on their way is the bundle's golden case.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edgerun.export.video_blocks import (
     open_dimensions,
     text_chain,
 )
+from edgerun.export.video_golden import GoldenPass
 from edgerun.models.stdit import Stdit
 from edgerun.models.text_to_video import VideoCheckpoint, check_size
 from edgerun.video_recipe import VideoRecipe
@@ -70,14 +71,18 @@ def export_video_bundle(
         programs: list[dict[str, Any]] = []
         chains: dict[str, list[str]] = {}
         parity: dict[str, float] = {}
+        golden = GoldenPass(source, geometry, recipe)
         for chain, (blocks, values) in _chains(source, geometry, recipe):
+            golden.begin(chain, values)
             chains[chain] = []
             for facts, error in _export_chain(blocks, values, geometry, build, writer, chain, progress):
                 programs.append(facts)
                 chains[chain].append(facts["name"])
                 parity[facts["name"]] = error
+            golden.end(chain, values)
         _copy_tokenizer(source, writer)
-        return writer.publish(_manifest(source, digest, geometry, recipe, build, programs, chains) | {"parity": parity})
+        found = {"parity": parity, "golden": golden.save(writer)}
+        return writer.publish(_manifest(source, digest, geometry, recipe, build, programs, chains) | found)
 
 
 def _chains(
@@ -232,7 +237,6 @@ def _manifest(
         "chains": chains,
         "video": video,
         "tokens": {"max_prompt_tokens": geometry.max_tokens},
-        "golden": [],
     }
 
 
