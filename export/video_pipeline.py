@@ -34,6 +34,7 @@ from edgerun.export.video_blocks import (
 from edgerun.export.video_golden import GoldenPass
 from edgerun.models.stdit import Stdit
 from edgerun.models.text_to_video import VideoCheckpoint, check_size
+from edgerun.ops.native import native_module
 from edgerun.video_recipe import VideoRecipe
 
 _TOOLS = ("torch", "executorch", "transformers", "diffusers")
@@ -167,14 +168,15 @@ def _dynamic_shapes(block: Block, geometry: Geometry) -> tuple[Any, ...]:
 
 
 def _worst_error(path: pathlib.Path, arguments: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
-    """Relative L2 of what the written program gives, the worst of its outputs."""
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-    from edgerun._library import load_op_library
-
-    load_op_library()
-    given = _load_for_executorch(str(path)).forward(list(arguments))
-    return max(compare.relative_l2(one, other) for one, other in zip(given, expected, strict=True))
+    """Relative L2 of what the written program gives in the runtime that sessions use, the worst of its outputs."""
+    takes, gives = (
+        [f"{kind} {i}" for i in range(len(of))] for kind, of in (("input", arguments), ("output", expected))
+    )
+    loader = native_module().BlockLoader([(path.stem, str(path), -1, takes, gives)], 0, None)
+    for name, argument in zip(takes, arguments, strict=True):
+        loader.set(name, argument.numpy())
+    loader.run(False)
+    return max(compare.relative_l2(loader.get(name), tensor) for name, tensor in zip(gives, expected, strict=True))
 
 
 def _value_facts(name: str, value: torch.Tensor, geometry: Geometry) -> dict[str, Any]:

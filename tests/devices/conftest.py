@@ -14,30 +14,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgerun.devices import emulated_arm64, open_device
 from edgerun.devices.linux_ssh import LinuxSshDevice
-from edgerun.errors import DeviceError
 from tests.shared_bundle import RECIPE, shared_bundle
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return shared_bundle(tmp_path_factory, "tiny", RECIPE).path
-
-
-@pytest.fixture(scope="session")
-def arm64() -> emulated_arm64.EmulatedArm64Device:
-    device = open_device("emulated-arm64")
-    assert isinstance(device, emulated_arm64.EmulatedArm64Device)
-    try:
-        device.describe()
-    except DeviceError as error:
-        needed = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
-        missing = [package for program, package in needed.items() if shutil.which(program) is None]
-        if not missing:  # then it is our build that fails
-            raise
-        pytest.skip(f"{error} (not installed: {', '.join(missing)})")
-    return device
 
 
 @dataclasses.dataclass(frozen=True)
