@@ -26,7 +26,7 @@ from tests.shared_bundle import changed_bundle
 
 PROMPT = "a red circle moves left"
 TOKENS = [3, 4, 5, 6, 7, 1]
-WATCHDOG_SECONDS = 120
+WATCHDOG_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +207,27 @@ def test_runs_that_end_early_leave_nothing_behind(bundle: Bundle, tmp_path: path
         fail(stage)
     assert state() == before
     assert _native.resident_bytes()[0] - memory < 1 << 20
+
+
+EXPORT_OF_ONE_PROGRAM = """
+import sys
+from edgerun import compare
+from edgerun.cli import main
+compare.tolerance = lambda name: -1.0
+sys.exit(main(["export", sys.argv[1], "-o", sys.argv[2]]))
+"""
+
+
+@pytest.mark.slow
+def test_an_export_that_fails_says_why_and_no_more(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: pathlib.Path
+) -> None:
+    """No line of a library among the progress: the first program was made, loaded and run."""
+    checkpoint, out = shared_video_bundle.checkpoint(tmp_path_factory), tmp_path / "v.edgerun"
+    command = [sys.executable, "-c", EXPORT_OF_ONE_PROGRAM, str(checkpoint), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG_SECONDS)
+    *progress, last = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert last.startswith("edgerun export: the program text_embedding is not its module: relative L2 ")
+    assert progress and all(line.startswith("export v.edgerun: ") for line in progress)
+    assert list(tmp_path.iterdir()) == []

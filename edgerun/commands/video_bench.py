@@ -102,7 +102,9 @@ def bench_video_bundle(
 
 
 def spread(values: Sequence[float]) -> Estimate:
-    """Median of repeats, from the least to the most."""
+    """Median of repeats, from the least to the most; no range of one value."""
+    if len(values) == 1:
+        return Estimate(values[0], n=1)
     return Estimate(statistics.median(values), min(values), max(values), n=len(values))
 
 

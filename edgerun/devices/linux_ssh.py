@@ -2,7 +2,7 @@
 
 On the board everything lies below ${XDG_CACHE_HOME:-$HOME/.cache}/edgerun, in folders named by the sha256 of what they
 hold; a folder gets its name when it is complete. The board needs Linux on arm64 or x86-64, sh, tar and libstdc++.
-A run lives as long as its connection: when that ends, by Ctrl-C here or a cable pulled, the board ends the runner.
+A run lives as long as its connection: when that ends, as by Ctrl-C here, the board ends the runner.
 Host keys are ssh's own business (known_hosts); nothing here asks for a password.
 """
 

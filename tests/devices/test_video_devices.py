@@ -136,6 +136,14 @@ def test_the_devices_own_line_comes_back(device: Device, video: Bundle) -> None:
         VideoRunRequest(TOKENS, seed=-1)
 
 
+def test_the_golden_case_holds_on_arm64(
+    arm64: EmulatedArm64Device, video: Bundle, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["validate", str(video.path), "--device", arm64.name, "--threads", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "machine aarch64" in dict(report["facts"])["device"] and len(report["checks"]) == 2
+
+
 def test_run_writes_a_devices_clip(
     arm64: EmulatedArm64Device, video: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
