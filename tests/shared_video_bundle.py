@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,29 +53,30 @@ class EagerClip:
     """What the checkpoint's own models make of a prompt by RECIPE, in torch."""
 
     tokens: list[int]
-    noise: np.ndarray  # float32 [4, 6, 6, 8]
+    noise: np.ndarray  # float32 [C, T, h, w]
     latents: np.ndarray  # the same shape
     evaluations: int
-    pixels: np.ndarray  # float32 [10, 12, 16, 3], 0 to 255
+    pixels: np.ndarray  # float32 [frames, H, W, 3], 0 to 255
 
 
-def eager_clip(source: VideoCheckpoint, times: list[float], prompt: str) -> EagerClip:
-    """With all that RECIPE asks for: merged first steps, then plain ones, then the leap."""
+def eager_clip(source: VideoCheckpoint, video: dict[str, Any], prompt: str) -> EagerClip:
+    """With all that RECIPE asks for: merged first steps, then plain ones, then the leap. video: the manifest's."""
     encoder, denoiser, vae = source.load_text_encoder(), source.load_denoiser(), source.load_autoencoder()
     y = encoder.encode(prompt)
     both = torch.cat([y, denoiser.null_caption(y.shape[1])[None]])
-    noise = torch.randn(1, 4, 6, 6, 8, generator=torch.Generator().manual_seed(3))
-    merge, step = frame_merge(adjacent_groups(6)), iter(range(4))
+    shape = [video["latent"][name] for name in ("channels", "frames", "height", "width")]
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
+    merge, step = frame_merge(adjacent_groups(shape[1])), iter(range(len(video["times"])))
+    fps, size = torch.full((2,), float(video["fps"])), (video["height"], video["width"])
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         merged = merge if next(step) < RECIPE.merge_steps else None
-        time, fps = torch.tensor([t, t]), torch.tensor([8.0, 8.0])
         with torch.no_grad():
-            v = denoiser(torch.cat([x, x]), time, both, fps=fps, pixels=(12, 16), merge=merged)
-        return rectified_flow.guide(*v.chunk(2), 2.0)
+            v = denoiser(torch.cat([x, x]), torch.tensor([t, t]), both, fps=fps, pixels=size, merge=merged)
+        return rectified_flow.guide(*v.chunk(2), video["guidance"])
 
-    sampled = rectified_flow.sample(velocity, noise, times, FixedLeap(RECIPE.leap_evaluations))
+    sampled = rectified_flow.sample(velocity, noise, video["times"], FixedLeap(RECIPE.leap_evaluations))
     with torch.no_grad():
-        pixels = ((vae.decode(sampled.latents, 10)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+        pixels = ((vae.decode(sampled.latents, video["frames"])[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
     tokens = encoder.tokenizer.encode(prompt)[0].tolist()
     return EagerClip(tokens, noise[0].numpy(), sampled.latents[0].numpy(), sampled.evaluations, pixels.numpy())

@@ -37,7 +37,10 @@ def test_validate(bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.Capture
     assert [check.limit for check in report.checks] == [compare.tolerance("logits_fp32"), 1.0]
     (row,) = report.tables[0].rows
     assert row[:4] == ("clip", 7, 2, 1) and row[5] == 5
-    assert "the first 5 of 10 frames" in report.tables[0].note and dict(report.facts)["build"] == bundle.build
+    assert (
+        f"the first 5 of {bundle.manifest['video']['frames']} frames" in report.tables[0].note
+        and dict(report.facts)["build"] == bundle.build
+    )
     assert "Golden case" in page.read_text(encoding="utf-8")
 
 
@@ -81,7 +84,8 @@ def test_bench(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
     assert [(row[0], row[6]) for row in stages] == [("encode", 4), ("denoise", 3), ("decode", 2)]
     assert [(row[0], row[1]) for row in steps] == [("first", 1), ("plain", 3)]  # the one that merges is the first
     by_name = {row[1]: row for row in programs}
-    assert by_name["denoiser_pairs_0"][4] == 4 and by_name["decoder_frames_0"][4] == 2
+    chunks = -(-bundle.manifest["video"]["frames"] // bundle.manifest["video"]["decoder"]["frames_per_chunk"])
+    assert by_name["denoiser_pairs_0"][4] == 4 and by_name["decoder_frames_0"][4] == chunks
     assert sum(row[2] for row in programs if row[0] == "denoise") == stages[1][7]
     assert all(row[3] > 0 for row in programs)
 
@@ -109,7 +113,8 @@ def test_bad_benches_end_in_one_line(
 def test_inspect(bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", str(bundle.path)]) == 0
     said = capsys.readouterr().out
-    for part in ("10 frames of 12 x 16", "at most 9 tokens", "LPL after 3, TDTM in 2 steps", "4 steps, guidance 2"):
+    clip = f"{bundle.manifest['video']['frames']} frames of 12 x 16"
+    for part in (clip, "at most 9 tokens", "LPL after 3, TDTM in 2 steps", "4 steps, guidance 2"):
         assert part in said
     report = report_of(["inspect", str(bundle.path)], capsys)
     chains, programs = report.tables[:2]
