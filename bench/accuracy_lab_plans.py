@@ -123,15 +123,20 @@ def needle_grid(lab: Lab, samples: int) -> list[Plan]:
     return plans
 
 
-def single_selectors(lab: Lab) -> tuple[str, ...]:
-    """What stage 1 tries at every budget; the mixtures only at the least."""
-    names = [n for n in SELECTORS if n not in ("dense", "moments-cosine")]
-    return lab.usable([*names, *VARIANTS])
+def stage_1(lab: Lab) -> list[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Selectors, lengths of prompts, and budgets: all selectors at all lengths, variants and mixtures at the longest.
+
+    Mixtures have the least budget alone.
+    """
+    every = tuple(name for name in SELECTORS if name not in ("dense", "moments-cosine"))
+    lengths, budgets = tuple(sorted(BUDGETS, reverse=True)), BUDGETS[LENGTH]
+    parts = ((every, lengths, budgets), (VARIANTS, (LENGTH,), budgets), (MIXTURES, (LENGTH,), budgets[:1]))
+    return [(lab.usable(names), of, within) for names, of, within in parts]
 
 
 def every_selector(lab: Lab) -> tuple[str, ...]:
     """All of stage 1."""
-    return (*single_selectors(lab), *lab.usable(MIXTURES))
+    return tuple(name for names, _, _ in stage_1(lab) for name in names)
 
 
 def selector_jobs(lengths: Sequence[int], samples: int) -> list[Job]:
