@@ -28,16 +28,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from bench.accuracy_lab_page import lab_report
 from bench.accuracy_lab_plans import (
-    BUDGETS,
-    LENGTH,
-    MIXTURES,
     SOLVED,
     Lab,
     Plan,
     needle_grid,
     ruler_jobs,
     selector_jobs,
-    single_selectors,
+    stage_1,
     stage_2,
     stage_3,
 )
@@ -181,9 +178,8 @@ def main() -> None:
         samples[given.stage] = given.samples
     try:
         if given.stage == "1":
-            jobs = selector_jobs(sorted(BUDGETS, reverse=True), samples["1"])
-            run_selectors(lab, single_selectors(lab), jobs, BUDGETS[LENGTH], "stage 1")
-            run_selectors(lab, lab.usable(MIXTURES), jobs, BUDGETS[LENGTH][:1], "stage 1, mixtures")
+            for part, (names, lengths, budgets) in zip("abc", stage_1(lab), strict=True):
+                run_selectors(lab, names, selector_jobs(lengths, samples["1"]), budgets, f"stage 1{part}")
         elif given.stage == "2":
             run_answers(lab, stage_2(lab, samples["2"]), "stage 2")
         elif given.stage == "3":

@@ -95,19 +95,20 @@ def ruler_jobs(tasks: Sequence[str], length: int, samples: int, first: int = 0) 
 
 
 def stage_2(lab: Lab, samples: int, tasks: Sequence[str] = SOLVED) -> list[Plan]:
-    """The finalists at every budget, and dense."""
-    names = lab.usable(FINALISTS)
-    contenders = [lab.contender("dense"), *(lab.contender(n, b) for b in BUDGETS[LENGTH] for n in names)]
-    return [Plan(tuple(contenders), ruler_jobs(tasks, LENGTH, samples))]
+    """The finalists at every budget, the mixture at the least, and dense."""
+    names, budgets = lab.usable(FINALISTS), BUDGETS[LENGTH]
+    pairs = [(name, budget) for budget in budgets for name in names if "/" not in name or budget == budgets[0]]
+    contenders = (lab.contender("dense"), *(lab.contender(*pair) for pair in pairs))
+    return [Plan(contenders, ruler_jobs(tasks, LENGTH, samples))]
 
 
 def stage_3(lab: Lab, samples: int, tasks: Sequence[str] = SOLVED) -> list[Plan]:
-    """The default against dense: first at the least density of 8,192 tokens, then at the shorter lengths."""
+    """The default against dense: first at the least density of 8,192 tokens, then half of it at the shorter lengths."""
     plans = []
     for length, budgets in sorted(BUDGETS.items(), reverse=True):
         chosen = budgets[:1] if length == LENGTH else budgets
         contenders = (lab.contender("dense"), *(lab.contender(DEFAULT, budget) for budget in chosen))
-        plans.append(Plan(contenders, ruler_jobs(tasks, length, samples)))
+        plans.append(Plan(contenders, ruler_jobs(tasks, length, samples if length == LENGTH else samples // 2)))
     return plans
 
 
@@ -122,15 +123,20 @@ def needle_grid(lab: Lab, samples: int) -> list[Plan]:
     return plans
 
 
-def single_selectors(lab: Lab) -> tuple[str, ...]:
-    """What stage 1 tries at every budget; the mixtures only at the least."""
-    names = [n for n in SELECTORS if n not in ("dense", "moments-cosine")]
-    return lab.usable([*names, *VARIANTS])
+def stage_1(lab: Lab) -> list[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Selectors, lengths of prompts, and budgets: all selectors at all lengths, variants and mixtures at the longest.
+
+    Mixtures have the least budget alone.
+    """
+    every = tuple(name for name in SELECTORS if name not in ("dense", "moments-cosine"))
+    lengths, budgets = tuple(sorted(BUDGETS, reverse=True)), BUDGETS[LENGTH]
+    parts = ((every, lengths, budgets), (VARIANTS, (LENGTH,), budgets), (MIXTURES, (LENGTH,), budgets[:1]))
+    return [(lab.usable(names), of, within) for names, of, within in parts]
 
 
 def every_selector(lab: Lab) -> tuple[str, ...]:
     """All of stage 1."""
-    return (*single_selectors(lab), *lab.usable(MIXTURES))
+    return tuple(name for names, _, _ in stage_1(lab) for name in names)
 
 
 def selector_jobs(lengths: Sequence[int], samples: int) -> list[Job]:

@@ -1,7 +1,7 @@
 """Report: what every verb measured, in one schema, written as text, JSON or a self-contained HTML page.
 
-A report is a verdict, facts, tables, plots, heat maps, pictures, checks and the time of each step, with the machine and
-the command that made it.
+A report is a verdict, facts, tables, plots, heat maps, pictures, clips, checks and the time of each step, with the
+machine and the command that made it.
 A unit stands in its column or axis; what is not known is None ("null" in JSON, a dash in print), never 0.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 from edgerun.errors import EdgerunError
 from edgerun.report_json import decode, plain
 
-SCHEMA_VERSION = 2
-# 1 lacks the verdict, heat maps, pictures and an axis' base: what it does not have is left at its default.
-_READABLE = (1, 2)
+SCHEMA_VERSION = 3
+# 1 lacks the verdict, heat maps, pictures and an axis' base, 2 the clips: what it does not have is left at its default.
+_READABLE = (1, 2, 3)
 _UNKNOWN = "–"
 
 
@@ -175,6 +175,26 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class MovingPicture:
+    """A clip that plays in the page, and a sheet of its frames.
+
+    webp: the animation, png: the sheet, both base64; frames, height and width: of the clip, the latter two in pixels;
+    fps: frames per second; alt: what the clip shows; group: clips that share a group's name stand side by side.
+    """
+
+    title: str
+    webp: str
+    png: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    alt: str
+    note: str = ""
+    group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Check:
     """One gate: a value held against a limit of edgerun/compare.py. least: the value must be at least the limit."""
 
@@ -229,6 +249,7 @@ class Report:
     verdict: str = ""
     heat_maps: tuple[HeatMap, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    clips: tuple[MovingPicture, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -244,7 +265,7 @@ class Report:
         """The report that `to_json` wrote. Raises EdgerunError for another schema or a damaged report."""
         version = values.get("schema_version")
         if version not in _READABLE:
-            known = " and ".join(map(str, _READABLE))
+            known = ", ".join(map(str, _READABLE))
             raise EdgerunError(f"report schema {version!r}; this edgerun reads {known}: use the one that wrote it")
         try:
             report = decode(Report, {key: value for key, value in values.items() if key != "schema_version"})
@@ -269,6 +290,9 @@ def to_text(report: Report, *, colour: bool = False) -> str:
     blocks += [
         f"{bold}{picture.title}{plain} (a picture, on the HTML page): {picture.alt}" for picture in report.pictures
     ]
+    if report.clips:
+        names = (f"{clip.group}: {clip.title}" if clip.group else clip.title for clip in report.clips)
+        blocks.append(f"{bold}Clips{plain} (on the HTML page)\n" + "\n".join(f"  {name}" for name in names))
     if report.checks:
         lines = []
         for check in report.checks:

@@ -10,6 +10,7 @@ from edgerun import heat_map, line_chart, picture
 from edgerun.report import (
     Check,
     HeatMap,
+    MovingPicture,
     Report,
     Step,
     Table,
@@ -43,6 +44,10 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;
 margin:12px 0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}.good{color:var(--good);font-weight:600}
 .bad{color:var(--bad);font-weight:600}
 footer{margin-top:44px;border-top:1px solid var(--line);padding-top:12px;font-size:13px}
+.clips{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(220px,100%),1fr));gap:16px}
+figure{margin:0}.clip{padding:10px}figcaption{font-weight:600;font-size:14px;margin-bottom:8px}
+.film,.sheet{display:block;width:100%;height:auto;image-rendering:pixelated;border:1px solid var(--line)}
+.sheet{margin-top:6px}
 @media(max-width:600px){main{padding:20px 12px 40px}.plots .panel{padding:4px 2px}}
 @media print{.panel{break-inside:avoid}.plots svg,.picture svg{min-width:0}}
 """
@@ -64,6 +69,8 @@ def to_html(report: Report) -> str:
         parts.append(f"<dl>{items}</dl>")
     parts += [f"<p>{_escape(note)}</p>" for note in report.notes]
     parts += [_table(table) for table in report.tables[:1]]
+    if report.clips:
+        parts += ["<h2>Clips</h2>", *_clips(report.clips)]
     if report.plots:
         names = line_chart.names_of(report.plots)
         figures = "".join(f'<div class="panel">{line_chart.render(plot, names)}</div>' for plot in report.plots)
@@ -110,6 +117,30 @@ def _heat_maps(heat_maps: Sequence[HeatMap]) -> list[str]:
             (f'<h3 class="group">{_escape(group)}</h3>' if group else "") + f'<div class="plots">{drawn}</div>'
         )
     return parts
+
+
+def _clips(clips: Sequence[MovingPicture]) -> list[str]:
+    """Clips of a group side by side under its name, each with its sheet of frames below."""
+    parts = []
+    for group in dict.fromkeys(clip.group for clip in clips):
+        drawn = "".join(_clip(clip) for clip in clips if clip.group == group)
+        parts.append(
+            (f'<h3 class="group">{_escape(group)}</h3>' if group else "") + f'<div class="clips">{drawn}</div>'
+        )
+    return parts
+
+
+def _clip(clip: MovingPicture) -> str:
+    alt = _escape(clip.alt)
+    size = f'width="{clip.width}" height="{clip.height}"'
+    facts = f"{clip.frames} frames of {clip.height} × {clip.width}, {clip.fps:g} a second"
+    return (
+        f'<figure class="panel clip"><figcaption>{_escape(clip.title)}</figcaption>'
+        f'<img class="film" {size} alt="{alt}" title="{_escape(facts)}" src="data:image/webp;base64,{clip.webp}">'
+        f'<img class="sheet" alt="frames of it, from the first to the last" src="data:image/png;base64,{clip.png}">'
+        + (f'<p class="note">{_escape(clip.note)}</p>' if clip.note else "")
+        + "</figure>"
+    )
 
 
 def _table(table: Table) -> str:

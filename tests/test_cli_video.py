@@ -47,7 +47,7 @@ def test_run_writes_a_clip(bundle: Bundle, tmp_path: pathlib.Path, suffix: str, 
     assert main(["run", str(bundle.path), "--prompt", "a blue circle", "-o", str(out), "--threads", "1"]) == 0
     said = capsys.readouterr()
     assert out.stat().st_size > 100 and list(tmp_path.iterdir()) == [out]
-    assert "10 frames of 12 x 16" in said.out
+    assert "12 frames of 12 x 16" in said.out
     assert "does not know 'blue'" in said.err and "3 evaluations" in said.err
 
 
@@ -137,9 +137,8 @@ def test_verbs_for_text_say_so(bundle: Bundle, capsys: pytest.CaptureFixture) ->
     [
         (["--quantize", "int8"], "a text model's options"),
         (["--blocks", "4"], "has 1 pairs"),
-        (["--frames", "12"], "as 10"),
+        (["--height", "13"], "13 x 16 pixels: both must be multiples of 2; the nearest is 12 x 16"),
         (["--lpl", "0"], "--lpl is '0'"),
-        (["--frames", "3"], "as 5"),
         (["--tdtm-parts", "mlp"], "without --tdtm"),
         (["--memory-limit", "1GB"], "takes its limit when it runs"),
         (["--tdtm", "2", "--tdtm-parts", "norm"], "choose of spatial"),

@@ -19,6 +19,7 @@ from edgerun.report import (
     Estimate,
     HeatMap,
     Machine,
+    MovingPicture,
     Picture,
     Plot,
     Ramp,
@@ -67,6 +68,7 @@ PICTURE = Picture(
     Axis("attention", "%", log=True, low=0.01, high=10.0),
     (Ramp("chosen", ("#ffffff", "#0f437f")), Ramp("missed", ("#ff9b3f", "#8f2405"), 1.0)),
 )
+CLIP = MovingPicture("plain", "UklGRg==", "iVBORw0KGgo=", 51, 48, 48, 17.0, "a <red> circle", "30 steps", "a prompt")
 REPORT = Report(
     kind="demo",
     title="A <title> & more",
@@ -83,6 +85,7 @@ REPORT = Report(
     verdict="Sparse answers as dense does.",
     heat_maps=(HEAT_MAP,),
     pictures=(PICTURE,),
+    clips=(CLIP,),
 )
 
 
@@ -97,17 +100,17 @@ def test_one_failed_check_fails_the_report() -> None:
 
 
 def test_a_future_schema_is_refused_with_all_versions() -> None:
-    with pytest.raises(EdgerunError, match=r"schema 99.*reads 1 and 2"):
+    with pytest.raises(EdgerunError, match=r"schema 99.*reads 1, 2, 3:"):
         Report.from_json({**REPORT.to_json(), "schema_version": 99})
 
 
 def test_a_report_of_the_first_schema_is_read() -> None:
     values = {**REPORT.to_json(), "schema_version": 1}
-    for later in ("verdict", "heat_maps", "pictures"):
+    for later in ("verdict", "heat_maps", "pictures", "clips"):
         del values[later]
     for plot in values["plots"]:
         del plot["x"]["base"], plot["y"]["base"]
-    older = dataclasses.replace(REPORT, verdict="", heat_maps=(), pictures=())
+    older = dataclasses.replace(REPORT, verdict="", heat_maps=(), pictures=(), clips=())
     assert Report.from_json(values) == older
 
 
@@ -184,8 +187,10 @@ def test_numbers_for_people(value: float | None, text: str) -> None:
 
 def test_html_is_one_file_that_loads_nothing() -> None:
     page = report_html.to_html(REPORT)
+    assert page.count('src="data:image/') == 2  # the clip's: what it shows is in the page itself
+    page = page.replace('src="data:image/', "").replace('xmlns="http://www.w3.org/2000/svg"', "")
     for part in ("<script", "http://", "https://", "url(", "@import", "src="):
-        assert part not in page.replace('xmlns="http://www.w3.org/2000/svg"', ""), part
+        assert part not in page, part
 
 
 def test_html_escapes_what_it_prints() -> None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from edgerun.attention_picture import attention_picture
+from edgerun.clip_picture import moving_picture
 from edgerun.report import (
     Axis,
     Categories,
@@ -25,6 +26,7 @@ from edgerun.report import (
     Estimate,
     HeatMap,
     Machine,
+    MovingPicture,
     Picture,
     Plot,
     Report,
@@ -35,6 +37,7 @@ from edgerun.report import (
 from edgerun.report_html import to_html
 
 NARROW, WIDE = 390, 1200
+GREEN = (0, 137, 0)
 PAPER, DARK_PAPER = (255, 255, 255), (13, 17, 23)
 TIMEOUT_S = 120
 # For every frame: its width, its content's, texts that leave their drawing, and level texts of a drawing that overlap.
@@ -139,6 +142,15 @@ def picture() -> Picture:
     return attention_picture(title, attention, chosen, x=tokens, y=tokens, scale=scale, threshold=5.0, note=note)
 
 
+def clip(title: str, group: str = "") -> MovingPicture:
+    """A red square that moves over green."""
+    frames = np.zeros((51, 48, 48, 3), np.uint8)
+    frames[..., 1] = GREEN[1]
+    for i, frame in enumerate(frames):
+        frame[20:30, i // 2 : i // 2 + 10] = (200, 0, 0)
+    return moving_picture(title, frames, 17.0, alt="a red square moves right", group=group, note="30 evaluations " * 4)
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     """The page of a report with everything a report can have."""
@@ -177,6 +189,7 @@ def page() -> str:
             heat_map("28 by 64", 28, 64),
         ),
         pictures=(picture(),),
+        clips=(*(clip(f"method {i}", "a red square moves right") for i in range(3)), clip("alone")),
     )
     return to_html(report)
 
@@ -189,6 +202,13 @@ def test_the_page_is_drawn_without_a_complaint(
     assert complaints == []
     assert image.size == (WIDE, 3000) and image.getpixel((2, 2)) == paper
     assert len(image.getcolors(maxcolors=image.width * image.height)) > 1000
+
+
+def test_clips_are_shown(chromium: str, page: str, tmp_path: pathlib.Path) -> None:
+    """Each of the four in its animation and in its row of frames: nothing else on the page has their green."""
+    image, _ = screenshot(chromium, page, tmp_path)
+    colours = {colour: count for count, colour in image.getcolors(maxcolors=image.width * image.height)}
+    assert colours[GREEN] > 4 * 150 * 150
 
 
 def test_the_page_fits_a_phone_and_a_desk(chromium: str, page: str, tmp_path: pathlib.Path) -> None:

@@ -63,8 +63,8 @@ def test_what_needs_a_predictor_waits_for_a_calibration(lab: plans.Lab, tmp_path
 
 def test_stage_2_asks_all_finalists_the_same_samples(lab: plans.Lab) -> None:
     (plan,) = plans.stage_2(lab, 100)
-    finalists = len(lab.usable(plans.FINALISTS))
-    assert len(plan.contenders) == 1 + 3 * finalists
+    alone = [name for name in lab.usable(plans.FINALISTS) if "/" not in name]
+    assert len(plan.contenders) == 1 + 3 * len(alone) + 1  # dense, and the mixture at one budget
     assert len({c.build for c in plan.contenders}) == len(plan.contenders)
     assert len(plan.jobs) == 100 * len(plans.SOLVED)
 
@@ -74,6 +74,7 @@ def test_stage_3_goes_on_from_the_samples_of_stage_2(lab: plans.Lab) -> None:
     assert {c.build for c in third.contenders} <= {c.build for c in second.contenders}
     assert set(second.jobs) <= set(third.jobs)
     assert [len(plan.contenders) for plan in shorter] == [1 + 3, 1 + 2]
+    assert [2 * len(plan.jobs) for plan in shorter] == [len(third.jobs)] * 2
 
 
 def test_a_table_pools_the_tasks_sample_by_sample(lab: plans.Lab) -> None:

@@ -97,9 +97,8 @@ def test_weights_of_another_size_are_refused(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("frames", "height", "width", "message"),
     [
-        (12, 12, 16, "give a multiple, as 10"),
-        (4, 12, 16, "as 5"),
-        (10, 13, 16, "multiples of 2"),
+        (0, 12, 16, "0 frames: a clip has at least 1"),
+        (10, 13, 16, "multiples of 2; the nearest is 12 x 16"),
         (10, 0, 16, "0 x 16"),
     ],
 )
