@@ -46,9 +46,9 @@ def made(source: VideoCheckpoint, recipe: VideoRecipe, folder: pathlib.Path) -> 
         return VideoGolden.load(writer.folder / FILE)
 
 
-def assert_the_models(case: VideoGolden, source: VideoCheckpoint, guidance: float) -> None:
-    """The recipe's own guidance; sizes are the checkpoint's."""
+def assert_the_models(case: VideoGolden, source: VideoCheckpoint, recipe: VideoRecipe) -> None:
     settings, latents = source.settings, case.noise.shape[1]
+    frames, guidance = recipe.frames or settings.frames, recipe.guidance or settings.guidance
     encoder, denoiser, vae = source.load_text_encoder(), source.load_denoiser(), source.load_autoencoder()
     with torch.no_grad():
         y = encoder(torch.from_numpy(case.tokens)[None])
@@ -65,9 +65,7 @@ def assert_the_models(case: VideoGolden, source: VideoCheckpoint, guidance: floa
     sampled = rectified_flow.sample(velocity, torch.from_numpy(case.noise)[None], case.times.tolist())
     assert compare.relative_l2(case.latents, sampled.latents[0].numpy()) <= compare.tolerance("logits_fp32")
     with torch.no_grad():
-        pixels = (
-            ((vae.decode(sampled.latents, settings.frames)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
-        )
+        pixels = ((vae.decode(sampled.latents, frames)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
     assert np.abs(case.frames - pixels[: len(case.frames)]).max() <= 0.5 + 1e-2  # rounding
 
 
@@ -78,7 +76,7 @@ def test_an_export_keeps_what_the_models_make(
     case = golden_of(bundle)
     assert case.times.tolist() == bundle.manifest["video"]["times"][::2] and case.merge_steps == 1
     assert case.frames.shape == (5, 12, 16, 3) and case.frames.std() > 30  # a first chunk
-    assert_the_models(case, source, 2.0)
+    assert_the_models(case, source, RECIPE)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +87,7 @@ def test_an_export_keeps_what_the_models_make(
 def test_any_recipe(source: VideoCheckpoint, recipe: VideoRecipe, tmp_path: pathlib.Path) -> None:
     case = made(source, recipe, tmp_path)
     assert len(case.times) == (1 if recipe.steps == 1 else 2) and case.merge_steps == recipe.merges
-    assert_the_models(case, source, recipe.guidance or 2.0)
+    assert_the_models(case, source, recipe)
 
 
 def test_what_costs_too_much_is_left_out(
@@ -99,7 +97,7 @@ def test_what_costs_too_much_is_left_out(
     monkeypatch.setattr(video_golden, "_MOST_FRAME_BYTES", 3 * 12 * 16 * 3 + 1)
     case = made(source, RECIPE, tmp_path)
     assert (len(case.times), case.merge_steps, len(case.frames)) == (1, 1, 3)
-    assert_the_models(case, source, 2.0)
+    assert_the_models(case, source, RECIPE)
 
 
 def test_a_bundle_without_one_says_so(tmp_path_factory: pytest.TempPathFactory, tmp_path: pathlib.Path) -> None:
