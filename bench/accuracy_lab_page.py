@@ -14,9 +14,9 @@ from bench.accuracy_lab_plans import (
     TITLES,
     Lab,
     Plan,
-    every_selector,
     needle_grid,
     selector_jobs,
+    stage_1,
     stage_2,
     stage_3,
 )
@@ -229,13 +229,15 @@ def boundary_verdict(table: Table) -> str:
 
 
 def planned(lab: Lab, samples: int) -> list[Measurement]:
-    """The measurements of stage 1 as it is planned now, without what earlier selectors or predictors left."""
-    names = every_selector(lab)
-    base = lab.base(names)
-    builds = {name: selector_fidelity.build_of(base, name) for name in names}
-    jobs = set(selector_jobs(tuple(BUDGETS), samples))
+    """The measurements of stage 1 as it is planned now, without what earlier plans or predictors left."""
+    wanted = set()
+    parts = stage_1(lab)
+    base = lab.base([name for names, _, _ in parts for name in names])
+    for names, lengths, budgets in parts:
+        builds = {(selector_fidelity.build_of(base, name), name) for name in names}
+        wanted |= {(*b, budget, job) for b in builds for budget in budgets for job in selector_jobs(lengths, samples)}
     found = selector_fidelity.read_record(lab.measurements).values()
-    return [o for o in found if o.density is not None and builds.get(o.selector) == o.build and o.job in jobs]
+    return [o for o in found if o.density is not None and (o.build, o.selector, o.budget, o.job) in wanted]
 
 
 def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:
