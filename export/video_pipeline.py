@@ -1,6 +1,6 @@
 """The way from a video checkpoint to a published bundle: every block of its three chains becomes a program of its own,
-is loaded again and held against its module, and only then is the next one made. One model is in memory at a time, and
-of the denoiser one block.
+is loaded again and held against its module, and only then is the next one made. Of the text encoder and of the denoiser
+one block is in memory at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from edgerun.export.video_blocks import (
     open_dimensions,
     text_chain,
 )
-from edgerun.models.stdit import Stdit
 from edgerun.models.text_to_video import VideoCheckpoint, check_size
 from edgerun.video_recipe import VideoRecipe
 
@@ -83,14 +82,10 @@ def export_video_bundle(
 def _chains(
     source: VideoCheckpoint, geometry: Geometry, recipe: VideoRecipe
 ) -> Iterator[tuple[str, tuple[Iterator[Block], dict[str, torch.Tensor]]]]:
-    """One model in memory at a time, and of the denoiser one block."""
-    yield "text_encoder", text_chain(source.load_text_encoder(geometry.max_tokens), geometry)
+    """One block of the text encoder or the denoiser in memory at a time; the decoder as a whole."""
+    yield "text_encoder", text_chain(*source.outline_text_encoder(), geometry)
     gc.collect()
-    with torch.device("meta"):
-        denoiser = Stdit(source.denoiser)
-    weights = source.denoiser_weights()
-    weights.check({name: tuple(value.shape) for name, value in denoiser.state_dict().items()})
-    yield "denoiser", denoiser_chain(denoiser, weights, geometry, recipe)
+    yield "denoiser", denoiser_chain(*source.outline_denoiser(), geometry, recipe)
     gc.collect()
     yield "decoder", decoder_chain(source.load_autoencoder(), geometry)
 
@@ -214,7 +209,7 @@ def _manifest(
         },
     }
     if merge is not None:
-        video["rotary"] = {"frequencies": source.denoiser_weights()["rope.freqs"].float().tolist()}
+        video["rotary"] = {"frequencies": source.outline_denoiser()[1]["rope.freqs"].float().tolist()}
         video["merge"] = {
             "steps": recipe.merge_steps,
             "matrix": merge.merge.tolist(),
