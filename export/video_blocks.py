@@ -18,9 +18,10 @@ from edgerun.models.stdit import Stdit, rotary_angles
 from edgerun.models.stdit_blocks import Tensors, denoiser_blocks
 from edgerun.models.temporal_vae import VideoAutoencoder
 from edgerun.models.temporal_vae_blocks import decoder_blocks
-from edgerun.models.text_encoder import encoder_blocks
+from edgerun.models.text_encoder import Embedding, encoder_blocks
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.techniques.temporal_token_merging import FrameMerge, adjacent_groups, frame_merge
+from edgerun.techniques.weight_quantization import quantize_linears
 from edgerun.tensor_files import TensorFiles
 from edgerun.video_recipe import VideoRecipe
 
@@ -47,6 +48,16 @@ class Block:
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    precise: tuple[str, ...] | None = ()  # submodules that stay in float32 where the recipe quantises; None: all do
+
+    def quantize(self) -> bool:
+        """Quantise the module in place: linear layers and the token table to int8. False: there is nothing to."""
+        if self.precise is None:
+            return False
+        tables = [module for module in self.module.modules() if isinstance(module, Embedding)]
+        for table in tables:
+            table.quantize()
+        return quantize_linears(self.module, "int8", self.precise) > 0 or bool(tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +147,7 @@ def denoiser_chain(
             pairs_per_block=recipe.pairs_per_program,
             weights=weights,
         ):
-            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs)
+            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs, block.precise)
 
     generator = torch.Generator().manual_seed(0)
     count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
@@ -165,7 +176,7 @@ def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator
             steps: list[nn.Module] = [_ChunkToPictures()] if given == "z" else []
             steps += [block.module] if following else [block.module, _PicturesToFrames()]
             gives = "pictures" if following else "frames"
-            yield Block(f"decoder_{block.name}", nn.Sequential(*steps).eval(), (given,), (gives,))
+            yield Block(f"decoder_{block.name}", nn.Sequential(*steps).eval(), (given,), (gives,), precise=None)
             if following is None:
                 return
             block, given = following, gives

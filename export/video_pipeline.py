@@ -10,7 +10,7 @@ import importlib.metadata
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from edgerun.video_recipe import VideoRecipe
 
 _TOOLS = ("torch", "executorch", "transformers", "diffusers")
 _TOLERANCE = "logits_fp32"  # a block is tens of layers deep
+_QUANTIZED_TOLERANCE = "quantized_parity_logits"
 
 
 def export_video_bundle(
@@ -68,15 +69,18 @@ def export_video_bundle(
         writer.subfolder("programs")
         programs: list[dict[str, Any]] = []
         chains: dict[str, list[str]] = {}
-        parity: dict[str, float] = {}
+        errors: dict[str, dict[str, float]] = {"parity": {}}
+        if recipe.quantize != "none":
+            errors["quantization"] = {}
         for chain, (blocks, values) in _chains(source, geometry, recipe):
             chains[chain] = []
-            for facts, error in _export_chain(blocks, values, geometry, build, writer, chain, progress):
+            for facts, found in _export_chain(blocks, values, geometry, recipe, build, writer, chain, progress):
                 programs.append(facts)
                 chains[chain].append(facts["name"])
-                parity[facts["name"]] = error
+                for measure, error in found.items():
+                    errors[measure][facts["name"]] = error
         _copy_tokenizer(source, writer)
-        return writer.publish(_manifest(source, digest, geometry, recipe, build, programs, chains) | {"parity": parity})
+        return writer.publish(_manifest(source, digest, geometry, recipe, build, programs, chains) | errors)
 
 
 def _chains(
@@ -94,30 +98,34 @@ def _export_chain(
     blocks: Iterator[Block],
     values: dict[str, torch.Tensor],
     geometry: Geometry,
+    recipe: VideoRecipe,
     build: str,
     writer: BundleWriter,
     chain: str,
     progress: Progress | None,
-) -> Iterator[tuple[dict[str, Any], float]]:
-    """Each block's entry in the manifest and its error; `values` go through the chain as they would on a device."""
+) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+    """Each block's entry in the manifest and its errors; `values` go through the chain as they would on a device.
+
+    Errors are relative L2. parity: of the program against its module. quantization: of a module that was quantised
+    against the same module in float32.
+    """
     for index, block in enumerate(blocks):
         if progress is not None:
             progress(f"export {chain.replace('_', ' ')}: {block.name}", 1.0 - 0.85**index)
         file = f"programs/{block.name}.pte"
         arguments = tuple(values[name].contiguous() for name in block.inputs)
         with torch.no_grad():
-            results = block.module(*arguments)
-            results = results if isinstance(results, tuple) else (results,)
+            results = _results(block, arguments)
+            errors: dict[str, float] = {}
+            if recipe.quantize != "none" and block.quantize():
+                exact, results = results, _results(block, arguments)
+                errors["quantization"] = _worst_error(results, exact)
             program = torch.export.export(
                 block.module, arguments, dynamic_shapes=_dynamic_shapes(block, geometry), strict=False
             )
             lowered = lower(program, writer.folder / file, {"edgerun_build": build})
-        error = _worst_error(writer.folder / file, arguments, results)
-        if not error <= compare.tolerance(_TOLERANCE):
-            raise ParityError(
-                f"the program {block.name} is not its module: relative L2 {error:.3g}, its limit is "
-                f"{compare.tolerance(_TOLERANCE):.3g}; nothing was published. Report it with the model's config.json"
-            )
+        errors["parity"] = _worst_error(_run_program(writer.folder / file, arguments), results)
+        _check(block, errors)
         values |= dict(zip(block.outputs, results, strict=True))
         facts = {
             "name": block.name,
@@ -132,7 +140,7 @@ def _export_chain(
             "operators": list(lowered.operators),
             "planned_bytes": lowered.planned_bytes,
         }
-        yield facts, error
+        yield facts, errors
         del block, program, lowered
         gc.collect()
     if progress is not None:
@@ -156,15 +164,41 @@ def _dynamic_shapes(block: Block, geometry: Geometry) -> tuple[Any, ...]:
     return (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
 
 
-def _worst_error(path: pathlib.Path, arguments: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
-    """Relative L2 of what the written program gives, the worst of its outputs."""
+def _results(block: Block, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    results = block.module(*arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _run_program(path: pathlib.Path, arguments: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
+    """What the written program gives."""
     from executorch.extension.pybindings.portable_lib import _load_for_executorch
 
     from edgerun._library import load_op_library
 
     load_op_library()
-    given = _load_for_executorch(str(path)).forward(list(arguments))
-    return max(compare.relative_l2(one, other) for one, other in zip(given, expected, strict=True))
+    given: Sequence[torch.Tensor] = _load_for_executorch(str(path)).forward(list(arguments))
+    return given
+
+
+def _worst_error(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Relative L2 of the worst of a block's outputs."""
+    return max(compare.relative_l2(one, other) for one, other in zip(measured, expected, strict=True))
+
+
+def _check(block: Block, errors: dict[str, float]) -> None:
+    """Raises ParityError when a block is not what it must be."""
+    limit = compare.tolerance(_QUANTIZED_TOLERANCE if "quantization" in errors else _TOLERANCE)
+    if not errors["parity"] <= limit:
+        raise ParityError(
+            f"the program {block.name} is not its module: relative L2 {errors['parity']:.3g}, its limit is "
+            f"{limit:.3g}; nothing was published. Report it with the model's config.json"
+        )
+    limit = compare.tolerance("quantized_block")
+    if not errors.get("quantization", 0.0) <= limit:
+        raise ParityError(
+            f"{block.name} in int8 is too far from float32: relative L2 {errors['quantization']:.3g}, its limit is "
+            f"{limit:.3g}; nothing was published. Export with --quantize none"
+        )
 
 
 def _value_facts(name: str, value: torch.Tensor, geometry: Geometry) -> dict[str, Any]:

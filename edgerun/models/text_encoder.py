@@ -20,6 +20,8 @@ from torch import nn
 
 from edgerun.errors import CheckpointError, EdgerunError
 from edgerun.models.rms_norm import RmsNorm
+from edgerun.models.token_table import TokenTable
+from edgerun.ops import embedding_lookup  # noqa: F401  (registers the op)
 from edgerun.tensor_files import TensorFiles, read_json
 
 MAX_TOKENS = 300  # of a prompt, its end mark included; what Open-Sora v1.2 was trained with
@@ -267,6 +269,14 @@ class Embedding(nn.Module):
         distances = torch.arange(1 - max_tokens, max_tokens, device="cpu")
         counts = (attention.relative_attention_num_buckets, attention.relative_attention_max_distance)
         self.register_buffer("buckets", relative_position_buckets(distances, *counts), persistent=False)
+
+    def quantize(self) -> None:
+        """Keep the table in int8, a scale a row; the float one goes to the meta device."""
+        from edgerun.techniques.weight_quantization import quantize_rows
+
+        table: nn.Module = self.table
+        self.table = TokenTable(*quantize_rows(self.table.weight.detach()), torch.float32, 1.0)
+        table.to("meta")
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens int64 [1, n], n ≤ max_tokens → hidden [1, n, width], bias [heads, n, n] of (query, key)."""
