@@ -18,8 +18,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 _POLL_SECONDS = 0.002
+
+
+Command = Sequence[str | pathlib.Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +36,34 @@ class Boxed:
     wall_s: float
     killed: bool  # by the kernel, for memory
     peak_bytes: int | None  # of everything that counts in the cgroup; None: the kernel does not tell
-    limit_bytes: int  # of the cgroup, or of the address space
+    limit_bytes: int | None  # of the cgroup, or of the address space
 
 
-class MemoryBox:
-    """What runs commands within `limit_bytes`."""
+class MemoryBox(Protocol):
+    """What runs commands."""
 
-    kind = ""
+    kind: str
 
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-
-    def run(self, command: Sequence[str | pathlib.Path], environment: dict[str, str] | None = None) -> Boxed:
-        """Run `command` to its end; environment: more than this process's."""
-        raise AssertionError("one of the kinds below runs commands")
+    def run(self, command: Command) -> Boxed:
+        """Run `command` to its end."""
 
 
-class CgroupBox(MemoryBox):
+class NoBox:
+    """No limit."""
+
+    kind = "no box"
+
+    def run(self, command: Command) -> Boxed:
+        """As MemoryBox says."""
+        return Boxed(*_run(list(map(str, command))), False, None, None)
+
+
+class CgroupBox:
     """A cgroup, made for this and removed at the end."""
 
     def __init__(self, limit_bytes: int, folder: pathlib.Path, version: int) -> None:
         """folder: of the new cgroup, which is there. Raises OSError when its limits cannot be set."""
-        super().__init__(limit_bytes)
-        self.folder, self.version, self.kind = folder, version, f"cgroup v{version}"
+        self.limit_bytes, self.folder, self.version, self.kind = limit_bytes, folder, version, f"cgroup v{version}"
         if version == 1:
             (folder / "memory.limit_in_bytes").write_text(str(limit_bytes))
             if (folder / "memory.memsw.limit_in_bytes").exists():  # memory and swap together
@@ -66,14 +75,14 @@ class CgroupBox(MemoryBox):
             if (folder / "memory.swap.max").exists():
                 (folder / "memory.swap.max").write_text("0")
 
-    def run(self, command: Sequence[str | pathlib.Path], environment: dict[str, str] | None = None) -> Boxed:
+    def run(self, command: Command) -> Boxed:
         """As MemoryBox says. The peak is of this command alone where the kernel lets it be reset."""
         peak = self.folder / ("memory.max_usage_in_bytes" if self.version == 1 else "memory.peak")
         with contextlib.suppress(OSError):
             peak.write_text("0")
         before = self._kills()
         join = f"echo $$ > '{self.folder}/cgroup.procs' && exec \"$@\""
-        status, output, errors, wall_s = _run(["sh", "-c", join, "sh", *map(str, command)], environment)
+        status, output, errors, wall_s = _run(["sh", "-c", join, "sh", *map(str, command)])
         peak_bytes = int(peak.read_text()) if peak.exists() else None
         return Boxed(status, output, errors, wall_s, self._kills() > before, peak_bytes, self.limit_bytes)
 
@@ -82,15 +91,18 @@ class CgroupBox(MemoryBox):
         return sum(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("oom_kill "))
 
 
-class AddressSpaceBox(MemoryBox):
+class AddressSpaceBox:
     """RLIMIT_AS."""
 
     kind = "address space"
 
-    def run(self, command: Sequence[str | pathlib.Path], environment: dict[str, str] | None = None) -> Boxed:
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+
+    def run(self, command: Command) -> Boxed:
         """As MemoryBox says; the command runs twice."""
         # The C library reserves 64 MiB for every thread that allocates: as many as the scheduler made of them.
-        calm = {"MALLOC_ARENA_MAX": "1", **(environment or {})}
+        calm = {"MALLOC_ARENA_MAX": "1"}
         peaks: dict[str, int] = {}
         _run(list(map(str, command)), calm, peaks)
         limit = self.limit_bytes + peaks["VmPeak"] - peaks["VmHWM"]
@@ -100,11 +112,13 @@ class AddressSpaceBox(MemoryBox):
 
 
 @contextlib.contextmanager
-def memory_box(limit_bytes: int, *, cgroups: bool = True) -> Iterator[MemoryBox]:
-    """The strictest box that can be had. cgroups: False for RLIMIT_AS in any case."""
+def memory_box(limit_bytes: int | None, *, cgroups: bool = True) -> Iterator[MemoryBox]:
+    """The strictest box that can be had; limit_bytes None: no limit. cgroups: False for RLIMIT_AS in any case."""
     with contextlib.ExitStack() as stack:
-        box = _cgroup_box(limit_bytes, stack) if cgroups else None
-        yield box or AddressSpaceBox(limit_bytes)
+        if limit_bytes is None:
+            yield NoBox()
+        else:
+            yield (_cgroup_box(limit_bytes, stack) if cgroups else None) or AddressSpaceBox(limit_bytes)
 
 
 def _cgroup_box(limit_bytes: int, stack: contextlib.ExitStack) -> CgroupBox | None:
@@ -130,7 +144,7 @@ def _parents() -> Iterator[tuple[int, pathlib.Path]]:
     own = {}  # of this process, by controller; version 2 names none
     for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        own |= {controller: path for controller in controllers.split(",")}
+        own |= dict.fromkeys(controllers.split(","), path)
     for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
         _, mount, kind, options = line.split()[:4]
         version = {"cgroup": 1, "cgroup2": 2}.get(kind)
@@ -156,7 +170,7 @@ def _remove(folder: pathlib.Path) -> None:
 
 
 def _run(
-    command: list[str], environment: dict[str, str] | None, peaks: dict[str, int] | None = None
+    command: list[str], environment: dict[str, str] | None = None, peaks: dict[str, int] | None = None
 ) -> tuple[int, str, str, float]:
     """Status, output, errors and seconds; peaks takes VmPeak and VmHWM as /proc had them last, in bytes."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:

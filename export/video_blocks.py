@@ -26,7 +26,8 @@ from edgerun.tensor_files import TensorFiles
 from edgerun.video_recipe import VideoRecipe
 
 _EXAMPLE_TOKENS = 7  # of a prompt, where a program is traced
-# Dimensions that a call decides, by value and dimension: n tokens of a prompt, m frames after merging.
+# Dimensions that a call decides, by value and dimension: n tokens of a prompt, m frames after merging, t latents of a
+# chunk and f frames that a block of the decoder has of it.
 _OPEN = {
     "tokens": {1: "n"},
     "text": {1: "n"},
@@ -37,6 +38,9 @@ _OPEN = {
     "unmerge": {1: "m"},
     "cosines": {0: "m"},
     "sines": {0: "m"},
+    "z": {2: "t"},
+    "pictures": {0: "f"},
+    "frames": {1: "f"},
 }
 
 
@@ -68,6 +72,7 @@ class Geometry:
     height: int  # pixels
     width: int  # pixels
     latent: tuple[int, int, int]  # frames, height, width
+    chunk_latents: tuple[int, int]  # of the decoder's last chunk, and of the others
     max_tokens: int
     steps: int
     guidance: float
@@ -80,12 +85,15 @@ class Geometry:
         settings, config = source.settings, source.autoencoder
         frames, height, width = frame_size(source, recipe)
         steps = recipe.steps or settings.steps
-        factor, chunk = config.spatial_factor, (config.frames_per_chunk, config.latents_per_chunk)
+        factor, latents = config.spatial_factor, config.latent_frames(frames)
+        most = min(latents, config.latents_per_chunk)
+        chunk = (config.frames_per_chunk, config.temporal_factor)
         return Geometry(
             frames,
             height,
             width,
-            (config.latent_frames(frames), height // factor, width // factor),
+            (latents, height // factor, width // factor),
+            (latents % most or most, most),
             recipe.max_prompt_tokens or source.denoiser.model_max_length,
             steps,
             settings.guidance if recipe.guidance is None else recipe.guidance,
@@ -93,9 +101,15 @@ class Geometry:
             times(steps, shift_ratio((height, width), frames, settings.schedule_base, chunk)),
         )
 
-    def limits(self, dimension: str) -> tuple[int, int]:
-        """Least and most of a dimension that a call decides."""
-        return (1, self.max_tokens if dimension == "n" else self.latent[0])
+    def limits(self, dimension: str, example: int) -> tuple[int, int]:
+        """Least and most of a dimension that a call decides; example: its size where the program is traced."""
+        least, most = self.chunk_latents
+        return {
+            "n": (1, self.max_tokens),
+            "m": (1, self.latent[0]),
+            "t": (least, most),
+            "f": (example // most * least, example),
+        }[dimension]
 
 
 def frame_size(source: VideoCheckpoint, recipe: VideoRecipe) -> tuple[int, int, int]:
@@ -166,7 +180,7 @@ def denoiser_chain(
 
 
 def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
-    """Blocks and example inputs, for one chunk."""
+    """Blocks and example inputs, for one chunk; programs take a shorter one where the clip ends with one."""
 
     def blocks() -> Iterator[Block]:
         parts = decoder_blocks(model)
@@ -181,15 +195,14 @@ def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator
                 return
             block, given = following, gives
 
-    config = model.config
-    shape = (1, config.latent_channels, config.latents_per_chunk, *geometry.latent[1:])
+    shape = (1, model.config.latent_channels, geometry.chunk_latents[1], *geometry.latent[1:])
     return blocks(), {"z": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
 class _ChunkToPictures(nn.Module):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """z [1, C, t, h, w] → [t, C, h, w]."""
-        return z.squeeze(0).transpose(0, 1)
+        return z.permute(2, 1, 0, 3, 4).flatten(1, 2)
 
 
 class _PicturesToFrames(nn.Module):

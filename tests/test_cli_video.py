@@ -41,8 +41,8 @@ def test_a_session_makes_the_eager_models_clip(checkpoint: pathlib.Path, bundle:
     encoder, denoiser, vae = source.load_text_encoder(), source.load_denoiser(), source.load_autoencoder()
     y = encoder.encode(PROMPT)
     both = torch.cat([y, denoiser.null_caption(y.shape[1])[None]])
-    noise = torch.randn(1, 4, 6, 6, 8, generator=torch.Generator().manual_seed(3))
-    merge, step = frame_merge(adjacent_groups(6)), iter(range(4))
+    noise = torch.randn(1, 4, 7, 6, 8, generator=torch.Generator().manual_seed(3))
+    merge, step = frame_merge(adjacent_groups(7)), iter(range(4))
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         merged = merge if next(step) < 2 else None
@@ -57,8 +57,8 @@ def test_a_session_makes_the_eager_models_clip(checkpoint: pathlib.Path, bundle:
     assert clip.evaluations == expected.evaluations == 3
     assert compare.relative_l2(clip.latents, expected.latents[0].numpy()) <= compare.tolerance("logits_fp32")
     with torch.no_grad():
-        frames = ((vae.decode(expected.latents, 10)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
-    assert clip.frames.shape == (10, 12, 16, 3)
+        frames = ((vae.decode(expected.latents, 12)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+    assert clip.frames.shape == (12, 12, 16, 3)
     assert np.abs(clip.frames - frames).max() <= 1.5  # rounding, and a level's edge
 
 
@@ -68,7 +68,7 @@ def test_run_writes_a_clip(bundle: Bundle, tmp_path: pathlib.Path, suffix: str, 
     assert main(["run", str(bundle.path), "--prompt", "a blue circle", "-o", str(out), "--threads", "1"]) == 0
     said = capsys.readouterr()
     assert out.stat().st_size > 100 and list(tmp_path.iterdir()) == [out]
-    assert "10 frames of 12 x 16" in said.out
+    assert "12 frames of 12 x 16" in said.out
     assert "does not know 'blue'" in said.err and "3 evaluations" in said.err
 
 
@@ -155,7 +155,7 @@ def test_verbs_for_text_say_so(bundle: Bundle, verb: list[str], capsys: pytest.C
 def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", str(bundle.path)]) == 0
     said = capsys.readouterr().out
-    assert "10 frames of 12 x 16" in said and "denoiser of 3" in said and "at most 9 tokens" in said
+    assert "12 frames of 12 x 16" in said and "denoiser of 3" in said and "at most 9 tokens" in said
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,8 @@ def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
         (["--max-context", "64"], "a text model's options"),
         (["--quantize", "8da4w"], "8da4w is for text models"),
         (["--blocks", "4"], "has 1 pairs"),
-        (["--frames", "12"], "as 10"),
+        (["--height", "13"], "13 x 16 pixels: both must be multiples of 2; the nearest is 12 x 16"),
         (["--lpl", "0"], "--lpl is '0'"),
-        (["--frames", "3"], "as 5"),
         (["--tdtm-parts", "mlp"], "without --tdtm"),
         (["--memory-limit", "1GB"], "takes its limit when it runs"),
         (["--tdtm", "2", "--tdtm-parts", "norm"], "choose of spatial"),

@@ -90,7 +90,7 @@ class Sampler:
         size = (self.settings.height // config.spatial_factor, self.settings.width // config.spatial_factor)
         self.shape = (1, config.latent_channels, latents, *size)
         self.merge = frame_merge(adjacent_groups(latents))
-        chunk = (config.frames_per_chunk, config.latents_per_chunk)
+        chunk = (config.frames_per_chunk, config.temporal_factor)
         pixels = (self.settings.height, self.settings.width)
         self.ratio = rectified_flow.shift_ratio(pixels, self.settings.frames, self.settings.schedule_base, chunk)
 

@@ -36,9 +36,7 @@ def is_video_checkpoint(folder: pathlib.Path) -> bool:
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """The options of `edgerun export` for a folder with denoiser/, vae/ and text_encoder/."""
     video = parser.add_argument_group("video models (None: as the checkpoint's video.json has it)")
-    video.add_argument(
-        "--frames", type=positive, metavar="N", help="of the clip, a multiple of the autoencoder's chunk"
-    )
+    video.add_argument("--frames", type=positive, metavar="N", help="of the clip, any number")
     video.add_argument("--height", type=positive, metavar="PIXELS")
     video.add_argument("--width", type=positive, metavar="PIXELS")
     video.add_argument("--steps", type=positive, metavar="N", help="of the sampler")

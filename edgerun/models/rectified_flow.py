@@ -25,15 +25,17 @@ OFFICIAL_BASE = 512  # pixels
 
 
 def shift_ratio(
-    pixels: tuple[int, int], frames: int, base: int = OFFICIAL_BASE, chunk: tuple[int, int] = (17, 5)
+    pixels: tuple[int, int], frames: int, base: int = OFFICIAL_BASE, chunk: tuple[int, int] = (17, 4)
 ) -> float:
     """By how much times lean towards the noise.
 
-    frames: of video; one is an image. chunk: frames and latents of a chunk of the autoencoder; only whole ones count.
+    frames: of video; one is an image. chunk: frames of an autoencoder's chunk, and how many of them are a latent. Only
+    whole chunks count. Ours: a clip without one counts its latents, where the reference has 0 and no schedule.
     """
-    latents = 1 if frames == 1 else frames // chunk[0] * chunk[1]
-    if latents < 1:
-        raise ValueError(f"{frames} frames: the schedule is defined for 1 frame, or at least {chunk[0]}")
+    if frames < 1:
+        raise ValueError(f"{frames} frames: a clip has at least 1")
+    whole, factor = chunk
+    latents = frames // whole * -(-whole // factor) or -(-frames // factor)
     return math.sqrt(pixels[0] * pixels[1]) / base * math.sqrt(latents)
 
 

@@ -2,7 +2,8 @@
 
 On-device runtimes have no convolution over five dimensions, so here the frames of one chunk are the batch of ordinary
 convolutions: [T, C, H, W] throughout. A convolution over time takes the frames that it sees as channels of one picture;
-group norms are spelled out in means over pictures, which delegates have.
+group norms are spelled out in means over pictures, which delegates have. T can stay open in a program, for the last
+chunk of a clip is often shorter than the others.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ def decoder_blocks(model: VideoAutoencoder, most_parameters: int = MOST_PARAMETE
 
 
 class FrameConvolution(nn.Module):
-    """A CausalConv3d on the frames of one clip: one convolution over [the frames it sees × channels, H, W]."""
+    """A CausalConv3d that keeps time, on the frames of one chunk: one convolution over [frames it sees × C, H, W].
+
+    What the frame before holds comes from a convolution too, over time as if it were the height of a picture: XNNPACK
+    cannot cut a number of frames that is open, but convolves over it.
+    """
+
+    delay: torch.Tensor
 
     def __init__(self, source: CausalConv3d, *, doubles_time: bool = False) -> None:
         """doubles_time: give channels 2c and 2c + 1 of the source as channel c of two frames."""
@@ -61,26 +68,32 @@ class FrameConvolution(nn.Module):
         if doubles_time:
             weight = torch.cat((weight[0::2], weight[1::2]))
             bias = None if bias is None else torch.cat((bias[0::2], bias[1::2]))
+        assert source.conv.stride[0] == 1, "a decoder does not shorten time"
         self.kernel_frames = weight.shape[2]
-        self.time_stride = int(source.conv.stride[0])
-        self.time_padding = source.time_padding
         self.padding = weight.shape[3] // 2
         self.frames_per_output = 2 if doubles_time else 1
         self.weight = nn.Parameter(weight.transpose(1, 2).flatten(1, 2).contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        one_before = torch.tensor([1.0, 0.0, 0.0], dtype=weight.dtype)  # of the places t - 1, t and t + 1
+        self.register_buffer("delay", one_before.view(1, 1, 3, 1).repeat(weight.shape[1], 1, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, C, H, W] → [T', C', H, W]."""
-        if self.time_padding:
-            x = F.pad(x, (0, 0, 0, 0, 0, 0, self.time_padding, 0))
-        if self.kernel_frames > 1:
-            count = (x.shape[0] - self.kernel_frames) // self.time_stride + 1
-            reach = (count - 1) * self.time_stride + 1  # from the first to the last frame at one place of the kernel
-            x = torch.cat([x[i : i + reach : self.time_stride] for i in range(self.kernel_frames)], dim=1)
+        """x [T, C, H, W] → [T, C', H, W], or [2T, C' / 2, H, W]."""
+        seen = [x]
+        for _ in range(self.kernel_frames - 1):
+            seen.insert(0, self._delayed(seen[0]))
+        x = torch.cat(seen, dim=1) if len(seen) > 1 else x
         x = F.conv2d(x, self.weight, self.bias, padding=self.padding)
         if self.frames_per_output == 1:
             return x
         return x.reshape(x.shape[0] * 2, x.shape[1] // 2, *x.shape[2:])
+
+    def _delayed(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, C, H, W] → the frames one later, a frame of zeros first, without the last."""
+        frames, channels, height, width = x.shape
+        column = x.reshape(frames, channels, height * width, 1).permute(3, 1, 0, 2)  # [1, C, T, H·W]
+        column = F.conv2d(column, self.delay, padding=(1, 0), groups=channels)
+        return column.permute(2, 1, 3, 0).reshape(frames, channels, height, width)
 
 
 class FrameNorm(nn.Module):

@@ -153,11 +153,10 @@ class VideoCheckpoint:
 
 
 def check_size(checkpoint: VideoCheckpoint, frames: int, height: int, width: int) -> None:
-    """Raises EdgerunError for a video that the autoencoder cannot decode."""
-    config = checkpoint.autoencoder
-    factor, chunk = config.spatial_factor, config.frames_per_chunk
-    if frames < chunk or frames % chunk:
-        near = max(chunk, round(frames / chunk) * chunk)
-        raise EdgerunError(f"{frames} frames: programs decode chunks of {chunk}; give a multiple, as {near}")
+    """Raises EdgerunError for a video that the autoencoder cannot decode. Any number of frames from 1 on will do."""
+    factor = checkpoint.autoencoder.spatial_factor
+    if frames < 1:
+        raise EdgerunError(f"{frames} frames: a clip has at least 1")
     if min(height, width) < factor or height % factor or width % factor:
-        raise EdgerunError(f"{height} x {width} pixels: both must be multiples of {factor}")
+        near = " x ".join(str(max(factor, round(size / factor) * factor)) for size in (height, width))
+        raise EdgerunError(f"{height} x {width} pixels: both must be multiples of {factor}; the nearest is {near}")

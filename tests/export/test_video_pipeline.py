@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,14 @@ from edgerun.bundle import Bundle
 from edgerun.errors import BundleError, EdgerunError, ExportError, ParityError
 from edgerun.export import export_video_bundle, video_pipeline
 from edgerun.models import rectified_flow
-from edgerun.models.text_to_video import VideoCheckpoint
+from edgerun.models.temporal_vae import VideoAutoencoderConfig
+from edgerun.models.text_to_video import VideoCheckpoint, VideoSettings
+from edgerun.sessions.video import VideoSession
 from edgerun.techniques.temporal_token_merging import adjacent_groups
 from edgerun.video_recipe import VideoRecipe
 from tests import shared_video_bundle
 from tests.export.programs import run_chain
+from tests.models import tiny_video_checkpoint
 
 RECIPE = shared_video_bundle.RECIPE
 
@@ -39,10 +43,10 @@ def test_programs_are_the_model_for_any_prompt(checkpoint: pathlib.Path, bundle:
     y = run_chain(bundle, "text_encoder", {"tokens": encoder.tokenizer.encode(prompt)})["y"]
     assert compare.relative_l2(y.numpy(), encoder.encode(prompt).numpy()) <= compare.tolerance("logits_fp32")
 
-    x = torch.randn(1, 4, 6, 6, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1, 1)
+    x = torch.randn(1, 4, 7, 6, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1, 1)
     time, fps = torch.tensor([0.4, 0.4]), torch.tensor([8.0, 8.0])
     both = torch.cat([y, denoiser.null_caption(y.shape[1])[None]])
-    identity, frames = torch.eye(6), torch.arange(6.0)
+    identity, frames = torch.eye(7), torch.arange(7.0)
     for merge in (None, video_pipeline.merge_of(video_pipeline.Geometry.of(source, RECIPE), RECIPE)):
         positions = frames if merge is None else merge.positions
         angles = positions[:, None] * denoiser.rope.freqs
@@ -61,19 +65,19 @@ def test_programs_are_the_model_for_any_prompt(checkpoint: pathlib.Path, bundle:
         measured = run_chain(bundle, "denoiser", values)["v"]
         assert compare.relative_l2(measured.numpy(), expected.numpy()) <= compare.tolerance("logits_fp32")
 
-    z = x[:1, :, :3]
     with torch.no_grad():
-        video = vae.decode(z, 5)
-    decoded = run_chain(bundle, "decoder", {"z": z})["frames"]
-    assert compare.relative_l2(decoded[:, -5:].numpy(), video[0].numpy()) <= compare.tolerance("logits_fp32")
+        video = vae.decode(x[:1], 12)[0]
+    parts = zip(x[:1].split(3, 2), (5, 5, 2), strict=True)
+    chunks = [run_chain(bundle, "decoder", {"z": z})["frames"][:, -count:] for z, count in parts]
+    assert compare.relative_l2(torch.cat(chunks, 1).numpy(), video.numpy()) <= compare.tolerance("logits_fp32")
 
 
 def test_the_manifest_has_what_a_session_needs(bundle: Bundle) -> None:
     video, chains = bundle.manifest["video"], bundle.manifest["chains"]
     assert bundle.kind == "video" and VideoRecipe.from_json(bundle.manifest["recipe"]) == RECIPE
     assert chains["denoiser"] == ["denoiser_head", "denoiser_pairs_0", "denoiser_tail"]
-    assert video["latent"] == {"channels": 4, "frames": 6, "height": 6, "width": 8}
-    assert video["merge"]["positions"] == [sum(group) / len(group) for group in adjacent_groups(6)]
+    assert video["latent"] == {"channels": 4, "frames": 7, "height": 6, "width": 8}
+    assert video["merge"]["positions"] == [sum(group) / len(group) for group in adjacent_groups(7)]
     assert video["leap"]["kind"] == "fixed" and video["leap"]["evaluations"] == 3
     assert max(bundle.manifest["parity"].values()) <= compare.tolerance("logits_fp32")
 
@@ -130,8 +134,7 @@ def test_recipes_out_of_range(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 12}, "give a multiple, as 10"),
-        ({"height": 13}, "multiples of 2"),
+        ({"height": 13, "width": 1}, "13 x 1 pixels: both must be multiples of 2; the nearest is 12 x 2"),
         ({"max_prompt_tokens": 10}, "9 tokens"),
     ],
 )
@@ -146,3 +149,28 @@ def test_sizes_that_do_not_fit_the_checkpoint(
 def test_times_are_the_schedules(bundle: Bundle) -> None:
     ratio = (12 * 16) ** 0.5 / 16 * 6**0.5  # two chunks of three latents
     assert bundle.manifest["video"]["times"] == pytest.approx(rectified_flow.times(4, ratio))
+
+
+@pytest.mark.parametrize(
+    ("frames", "latents", "chunk"),
+    [(1, 1, (1, 1)), (16, 4, (4, 4)), (17, 5, (5, 5)), (51, 15, (5, 5)), (52, 16, (1, 5)), (60, 18, (3, 5))],
+)
+def test_the_last_chunk_of_open_sora(frames: int, latents: int, chunk: tuple[int, int], tmp_path: pathlib.Path) -> None:
+    """What programs of the decoder take: the last chunk of a clip, and the others."""
+    source = VideoCheckpoint(tmp_path, tiny_video_checkpoint.DENOISER, VideoAutoencoderConfig(), VideoSettings())
+    geometry = video_pipeline.Geometry.of(source, VideoRecipe(frames=frames, height=144, width=256))
+    assert geometry.latent == (latents, 18, 32) and geometry.chunk_latents == chunk
+    assert geometry.limits("t", chunk[1]) == chunk and geometry.limits("f", 20) == (20 // chunk[1] * chunk[0], 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", [1, 3, 9])
+def test_clips_of_any_number_of_frames(checkpoint: pathlib.Path, tmp_path: pathlib.Path, frames: int) -> None:
+    """A picture, a clip below one chunk, and one that ends with a chunk of four frames."""
+    bundle = export_video_bundle(checkpoint, VideoRecipe(frames=frames, merge_steps=1), tmp_path / "odd.edgerun")
+    clip = VideoSession(bundle.path, threads=1).generate([1, 2], seed=1)
+    with torch.no_grad():
+        video = VideoCheckpoint.open(checkpoint).load_autoencoder().decode(torch.from_numpy(clip.latents)[None], frames)
+    expected = ((video[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+    assert clip.frames.shape == (frames, 12, 16, 3)
+    assert np.abs(clip.frames - expected).max() <= 1.5  # rounding, and a level's edge

@@ -34,9 +34,18 @@ def test_ratio_counts_five_latents_for_every_whole_seventeen_frames(frames: int,
     assert rectified_flow.shift_ratio((512, 512), frames) == pytest.approx(math.sqrt(latents))
 
 
-@pytest.mark.parametrize("call", [lambda: rectified_flow.times(0, 1.0), lambda: rectified_flow.shift_ratio((8, 8), 16)])
+@pytest.mark.parametrize(("frames", "latents"), [(2, 1), (4, 1), (5, 2), (16, 4)])
+def test_a_clip_without_a_whole_chunk_counts_its_latents(frames: int, latents: int) -> None:
+    assert rectified_flow.shift_ratio((512, 512), frames) == pytest.approx(math.sqrt(latents))
+
+
+def test_the_chunk_is_the_autoencoders() -> None:
+    assert rectified_flow.shift_ratio((512, 512), 12, chunk=(5, 2)) == pytest.approx(math.sqrt(6))
+
+
+@pytest.mark.parametrize("call", [lambda: rectified_flow.times(0, 1.0), lambda: rectified_flow.shift_ratio((8, 8), 0)])
 def test_impossible_schedules_are_refused(call: object) -> None:
-    with pytest.raises(ValueError, match=r"0 steps|16 frames"):
+    with pytest.raises(ValueError, match=r"0 steps|0 frames"):
         call()  # type: ignore[operator]
 
 

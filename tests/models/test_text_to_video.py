@@ -115,9 +115,8 @@ def test_a_denoiser_in_shards_is_the_same_model(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("frames", "height", "width", "message"),
     [
-        (12, 12, 16, "give a multiple, as 10"),
-        (4, 12, 16, "as 5"),
-        (10, 13, 16, "multiples of 2"),
+        (0, 12, 16, "0 frames: a clip has at least 1"),
+        (10, 13, 16, "multiples of 2; the nearest is 12 x 16"),
         (10, 0, 16, "0 x 16"),
     ],
 )

@@ -36,7 +36,9 @@ def boxed(box: MemoryBox, bundle: pathlib.Path, limit_bytes: int | None, out: pa
 
 
 @pytest.mark.parametrize("cgroups", [True, False])
-def test_the_limit_holds_where_the_kernel_enforces_it(wide: pathlib.Path, tmp_path: pathlib.Path, cgroups: bool) -> None:
+def test_the_limit_holds_where_the_kernel_enforces_it(
+    wide: pathlib.Path, tmp_path: pathlib.Path, cgroups: bool
+) -> None:
     """A limit, in a box of 1.1 times that: the bits of a free run. Without a limit, the same run fails there."""
     assert free(wide, "--latent-out", tmp_path / "expected").returncode == 0
     with memory_box(BOX_BYTES, cgroups=cgroups) as box:
