@@ -4,8 +4,9 @@
         done = box.run([...])
 
 In a memory cgroup of its own, version 1 or 2, without swap: page tables and the page cache that the command brings in
-count too, and a command that needs more is killed. Where no cgroup can be made, by its address space (RLIMIT_AS): an
-address space holds more than what is in RAM, so a first run without a limit measures how much more, and that is added.
+count too, and a command that needs more is killed. Where no cgroup can be made, by its address space (RLIMIT_AS), in
+which a command's allocations fail: as it holds more than what is in RAM, a run without a limit measures how much more,
+and that is added.
 """
 
 from __future__ import annotations
@@ -98,14 +99,17 @@ class AddressSpaceBox:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self._beyond_bytes: int | None = None  # that an address space holds beyond what is in RAM
 
     def run(self, command: Command) -> Boxed:
-        """As MemoryBox says; the command runs twice."""
+        """As MemoryBox says; the box's first command runs once more, before, to be measured."""
         # The C library reserves 64 MiB for every thread that allocates: as many as the scheduler made of them.
         calm = {"MALLOC_ARENA_MAX": "1"}
-        peaks: dict[str, int] = {}
-        _run(list(map(str, command)), calm, peaks)
-        limit = self.limit_bytes + peaks["VmPeak"] - peaks["VmHWM"]
+        if self._beyond_bytes is None:
+            peaks: dict[str, int] = {}
+            _run(list(map(str, command)), calm, peaks)
+            self._beyond_bytes = peaks["VmPeak"] - peaks["VmHWM"]
+        limit = self.limit_bytes + self._beyond_bytes
         bounded = ["sh", "-c", f'ulimit -v {limit // 1024} && exec "$@"', "sh", *map(str, command)]
         status, output, errors, wall_s = _run(bounded, calm)
         return Boxed(status, output, errors, wall_s, False, None, limit)
