@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,11 @@ from edgerun.models.stdit import Stdit, rotary_angles
 from edgerun.models.stdit_blocks import Tensors, denoiser_blocks
 from edgerun.models.temporal_vae import VideoAutoencoder
 from edgerun.models.temporal_vae_blocks import decoder_blocks
-from edgerun.models.text_encoder import TextEncoder, encoder_blocks
+from edgerun.models.text_encoder import Embedding, encoder_blocks
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.techniques.temporal_token_merging import FrameMerge, adjacent_groups, frame_merge
+from edgerun.techniques.weight_quantization import quantize_linears
+from edgerun.tensor_files import TensorFiles
 from edgerun.video_recipe import VideoRecipe
 
 _EXAMPLE_TOKENS = 7  # of a prompt, where a program is traced
@@ -49,6 +52,16 @@ class Block:
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    precise: tuple[str, ...] | None = ()  # submodules that stay in float32 where the recipe quantises; None: all do
+
+    def quantize(self) -> bool:
+        """Quantise the module in place: linear layers and the token table to int8. False: there is nothing to."""
+        if self.precise is None:
+            return False
+        tables = [module for module in self.module.modules() if isinstance(module, Embedding)]
+        for table in tables:
+            table.quantize()
+        return quantize_linears(self.module, "int8", self.precise) > 0 or bool(tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +130,18 @@ def merge_of(geometry: Geometry, recipe: VideoRecipe) -> FrameMerge | None:
     return frame_merge(adjacent_groups(geometry.latent[0], alone=recipe.merge_alone), frozenset(recipe.merge_parts))
 
 
-def text_chain(encoder: TextEncoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
-    """Blocks and example inputs."""
+def text_chain(model: Any, weights: TensorFiles, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+    """Blocks and example inputs. weights: where the model, which is on the meta device, gets its tensors."""
 
     def blocks() -> Iterator[Block]:
-        for block in encoder_blocks(encoder.model, geometry.max_tokens):
+        for block in encoder_blocks(model, geometry.max_tokens, weights):
             first, last = block.name == "embedding", block.name == "norm"
             inputs = ("tokens",) if first else ("text",) if last else ("text", "bias")
             outputs = ("text", "bias") if first else ("y",) if last else ("text",)
             yield Block(f"text_{block.name}", block.module, inputs, outputs)
 
     count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
-    vocabulary = int(encoder.model.config.vocab_size)
+    vocabulary = int(model.config.vocab_size)
     tokens = torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
     return blocks(), {"tokens": tokens}
 
@@ -148,7 +161,7 @@ def denoiser_chain(
             pairs_per_block=recipe.pairs_per_program,
             weights=weights,
         ):
-            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs)
+            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs, block.precise)
 
     generator = torch.Generator().manual_seed(0)
     count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
@@ -177,7 +190,7 @@ def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator
             steps: list[nn.Module] = [_ChunkToPictures()] if given == "z" else []
             steps += [block.module] if following else [block.module, _PicturesToFrames()]
             gives = "pictures" if following else "frames"
-            yield Block(f"decoder_{block.name}", nn.Sequential(*steps).eval(), (given,), (gives,))
+            yield Block(f"decoder_{block.name}", nn.Sequential(*steps).eval(), (given,), (gives,), precise=None)
             if following is None:
                 return
             block, given = following, gives

@@ -15,7 +15,7 @@ import torch
 from edgerun.bundle import BundleWriter
 from edgerun.export.video_blocks import Geometry, denoiser_chain, merge_of
 from edgerun.models.rectified_flow import guide
-from edgerun.models.stdit import Stdit, rotary_angles
+from edgerun.models.stdit import rotary_angles
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.techniques.temporal_token_merging import frame_merge
 from edgerun.video_golden import VideoGolden
@@ -88,26 +88,23 @@ class GoldenPass:
 
     def _velocity(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
         """The denoiser's, without merging."""
-        weights = self._source.denoiser_weights()
-        blocks, _ = denoiser_chain(_on_meta(self._source), weights, self._geometry, self._recipe)
+        model, weights = self._source.outline_denoiser()
+        blocks, _ = denoiser_chain(model, weights, self._geometry, self._recipe)
         if "merge" in values:
             plain = frame_merge([[frame] for frame in range(self._geometry.latent[0])])
             cosines, sines = rotary_angles(plain.positions, weights["rope.freqs"].float())
             values |= {"merge": plain.merge, "unmerge": plain.unmerge, "cosines": cosines, "sines": sines}
         for block in blocks:
+            if self._recipe.quantize != "none":
+                block.quantize()
             with torch.no_grad():
                 results = block.module(*(values[name].contiguous() for name in block.inputs))
             values |= dict(zip(block.outputs, results if isinstance(results, tuple) else (results,), strict=True))
         return values["v"]
 
 
-def _on_meta(source: VideoCheckpoint) -> Stdit:
-    with torch.device("meta"):
-        return Stdit(source.denoiser)
-
-
 def _work(source: VideoCheckpoint, geometry: Geometry) -> float:
     """Multiply-adds of a guided step: every token meets every weight once."""
     (frames, height, width), (rows, columns) = geometry.latent, source.denoiser.patch_size
-    weights = sum(tensor.numel() for tensor in _on_meta(source).parameters())
+    weights = sum(tensor.numel() for tensor in source.outline_denoiser()[0].parameters())
     return float(2 * frames * -(-height // rows) * -(-width // columns) * weights)

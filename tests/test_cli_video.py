@@ -135,7 +135,8 @@ def test_verbs_for_text_say_so(bundle: Bundle, capsys: pytest.CaptureFixture) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quantize", "int8"], "a text model's options"),
+        (["--max-context", "64"], "a text model's options"),
+        (["--quantize", "8da4w"], "8da4w is for text models"),
         (["--blocks", "4"], "has 1 pairs"),
         (["--height", "13"], "13 x 16 pixels: both must be multiples of 2; the nearest is 12 x 16"),
         (["--lpl", "0"], "--lpl is '0'"),
@@ -152,9 +153,9 @@ def test_bad_exports_end_in_one_line(
 
 
 def test_options_become_the_recipe(checkpoint: pathlib.Path, bundle: Bundle) -> None:
-    arguments = ["export", str(checkpoint), "-o", str(bundle.path), "--tdtm", "2", "--lpl", "3"]
+    arguments = ["export", str(checkpoint), "-o", str(bundle.path), "--tdtm", "2", "--lpl", "3", "--quantize", "int8"]
     recipe = video.video_recipe(_parsed(arguments), 1)
-    assert (recipe.merge_steps, recipe.leap, recipe.leap_evaluations) == (2, "fixed", 3)
+    assert (recipe.merge_steps, recipe.leap, recipe.leap_evaluations, recipe.quantize) == (2, "fixed", 3, "int8")
 
 
 def _parsed(arguments: list[str]) -> object:

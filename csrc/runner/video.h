@@ -14,6 +14,7 @@ struct VideoRequest {
   std::vector<int64_t> tokens;
   std::vector<double> times;
   bool progress = false;
+  int stop_after = EDGERUN_VIDEO_DECODE;  // the last stage to run
   edgerun_video_options session = edgerun_video_options_default();
   edgerun_video_generate_options generate = edgerun_video_generate_options_default();
 };

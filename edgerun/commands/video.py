@@ -77,6 +77,8 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
     blocks = arguments.blocks or depth
     if blocks > depth:
         raise ExportError(f"--blocks is {blocks}; the denoiser has {depth} pairs of blocks: give at most that")
+    if arguments.quantize == "8da4w":
+        raise ExportError("--quantize 8da4w is for text models; a video model's weights can be int8")
     if arguments.tdtm is None and arguments.tdtm_parts != ",".join(PAPER_PARTS):
         raise ExportError("--tdtm-parts is given without --tdtm STEPS: pass both, or neither")
     return VideoRecipe(
@@ -91,6 +93,7 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
         merge_parts=tuple(part.strip() for part in arguments.tdtm_parts.split(",")),
         merge_possible=arguments.tdtm is not None,
         pairs_per_program=-(-depth // blocks),
+        quantize=arguments.quantize,
     )
 
 
@@ -131,11 +134,14 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
         ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
         ("sampler", f"{video['steps']} steps, guidance {video['guidance']:g}"),
         ("techniques", f"LPL {leap_text(video['leap'])}, {merge_text(video)}"),
+        ("weights", _weights_text(recipe)),
     )
     sizes = {program["name"]: files[program["file"]]["bytes"] for program in manifest["programs"]}
+    found = manifest.get("quantization", {})
     rows = tuple(
         (chain, len(names), sum(sizes[name] for name in names) / 2**20, max(sizes[name] for name in names) / 2**20,
-         max(manifest["parity"][name] for name in names))
+         max(manifest["parity"][name] for name in names),
+         max((found[name] for name in names if name in found), default=None))
         for chain, names in manifest["chains"].items()
     )  # fmt: skip
     columns = (
@@ -144,6 +150,7 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
         Column("all", "MiB", 1),
         Column("largest", "MiB", 1),
         Column("worst error", "relative L2", 9),
+        Column("int8 against float32", "relative L2", 4),
     )
     table = Table("Programs, each held against its module", columns, rows)
     return emit(dataclasses.replace(report, facts=facts, tables=(table,)), arguments)
@@ -152,6 +159,10 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
 def leap_text(leap: dict[str, Any]) -> str:
     """A manifest's leap in words."""
     return f"after {leap['evaluations']}" if leap["kind"] == "fixed" else str(leap["kind"])
+
+
+def _weights_text(recipe: VideoRecipe) -> str:
+    return "float32" if recipe.quantize == "none" else "int8 in text encoder and denoiser, float32 in the decoder"
 
 
 def merge_text(video: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pathlib
@@ -20,23 +19,21 @@ from edgerun import compare
 from edgerun._library import runner_path
 from edgerun.errors import BundleError, EdgerunError
 from edgerun.sessions.video import Leap, Progress, VideoSession
-from tests.sessions.tiny_video import CHANNELS, COLUMNS, FRAMES, MAX_TOKENS, ROWS, TIMES, TinyVideo, noise_of
+from tests.sessions.tiny_video import (
+    CHANNELS,
+    COLUMNS,
+    FRAMES,
+    MAX_TOKENS,
+    ROWS,
+    TIMES,
+    WIDE_BLOCKS,
+    TinyVideo,
+    noise_of,
+    shared_bundle,
+    wide_bundle,
+)
 
 PROMPT = [3, 1, 4, 1, 5]
-# The wide model: a block of 4 MB runs ten times in the denoiser, each a program of its own to the loader.
-WIDE_BLOCKS, WIDE_HIDDEN = 10, 1 << 14
-
-
-def shared(factory: pytest.TempPathFactory, name: str, model: TinyVideo) -> pathlib.Path:
-    """The bundle of that name for this test run, made by the first worker that wants it."""
-    base = factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / f"shared-{name}"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "tiny.edgerun").is_dir():
-            model.save(folder / "partial").rename(folder / "tiny.edgerun")
-    return folder / "tiny.edgerun"
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +43,12 @@ def model() -> TinyVideo:
 
 @pytest.fixture(scope="module")
 def bundle(model: TinyVideo, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return shared(tmp_path_factory, "video", model)
+    return shared_bundle(tmp_path_factory, "video", lambda: model)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return shared(tmp_path_factory, "wide-video", TinyVideo(1, WIDE_HIDDEN, WIDE_BLOCKS))
+    return wide_bundle(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

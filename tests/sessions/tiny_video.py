@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -141,6 +143,7 @@ class Part:
     module: nn.Module
     inputs: dict[str, tuple[torch.Tensor, dict[int, str]]]
     outputs: tuple[str, ...]
+    activation_bytes: int = 0
 
 
 LIMITS = {"n": (1, MAX_TOKENS), "m": (1, FRAMES), "t": (1, LATENTS_PER_CHUNK), "f": (2, 2 * LATENTS_PER_CHUNK)}
@@ -183,6 +186,7 @@ class TinyVideo:
             "cosines": (cosines, {0: "m"}),
             "sines": (sines, {0: "m"}),
         }
+        activation_bytes = 2 * 4 * 2 * FRAMES * ROWS * COLUMNS * hidden  # up, and what silu makes of it, in float32
         times, fps = torch.rand(2), torch.rand(2)  # two tensors: export takes one given twice for one input
         embed = {"x": (latents, {}), "time": (times, {}), "fps": (fps, {}), "y": (text, {1: "n"})}
         z = torch.randn(1, CHANNELS, LATENTS_PER_CHUNK, ROWS, COLUMNS)
@@ -194,7 +198,7 @@ class TinyVideo:
             ],
             "denoiser": [
                 Part("embed", Embed(), embed, ("x", "t", "y")),
-                *(Part(f"pair_{i}", Pair(hidden), pair, ("x",)) for i in range(pairs)),
+                *(Part(f"pair_{i}", Pair(hidden), pair, ("x",), activation_bytes) for i in range(pairs)),
                 Part("finish", Finish(), {"x": (x, {}), "t": (t, {})}, ("v",)),
             ],
             "decoder": [
@@ -308,8 +312,30 @@ def _entry(part: Part) -> dict[str, Any]:
     outputs = [{"name": name, "dtype": "float32"} for name in part.outputs]
     file = f"programs/{part.name}.pte"
     return {"name": part.name, "file": file, "target": "executorch-xnnpack", "operators": [], "inputs": inputs} | {
-        "outputs": outputs
+        "outputs": outputs,
+        "activation_bytes": part.activation_bytes,
     }
+
+
+# The wide model: a block of 4 MB runs ten times in the denoiser, each a program of its own to the loader.
+WIDE_BLOCKS, WIDE_HIDDEN = 10, 1 << 14
+
+
+def shared_bundle(factory: pytest.TempPathFactory, name: str, model: Callable[[], TinyVideo]) -> pathlib.Path:
+    """The bundle of that name for this test run, made by the first worker that wants it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / f"shared-{name}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "tiny.edgerun").is_dir():
+            model().save(folder / "partial").rename(folder / "tiny.edgerun")
+    return folder / "tiny.edgerun"
+
+
+def wide_bundle(factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The wide model's."""
+    return shared_bundle(factory, "wide-video", lambda: TinyVideo(1, WIDE_HIDDEN, WIDE_BLOCKS))
 
 
 def noise_of(seed: int) -> torch.Tensor:
