@@ -67,6 +67,7 @@ def export_video_bundle(
     build = recipe.hash(digest)
     if (existing := existing_build(out, build)) is not None:
         return existing
+    native_module().return_large_memory()  # or each block's would leave holes in the heap: 4.6 GB for XL/2, not 1.6
     with BundleWriter(out, overwrite) as writer:
         writer.subfolder("programs")
         programs: list[dict[str, Any]] = []

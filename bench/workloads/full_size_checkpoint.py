@@ -33,7 +33,7 @@ class Model:
 
 
 _CAPTION = 4096  # channels of the text features in Open-Sora v1.2
-_TINY_TEXT = {"num_layers": 1, "num_heads": 1, "d_ff": 64, "vocab_size": 64}
+_TINY_TEXT = {"num_layers": 1, "num_heads": 2, "d_ff": 64, "vocab_size": 64}
 _XXL = {"num_layers": 24, "num_heads": 64, "d_ff": 10240, "vocab_size": 32128}
 MODELS = {
     model.name: model

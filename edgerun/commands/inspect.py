@@ -76,6 +76,7 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
         target = f"a KL to dense of at most {calibration['max_kl_nats']} nats"
         facts.append(("calibrated", f"for {target}; file sha256 {str(calibration['sha256'])[:16]}"))
     facts += [(f"parity {name}", _cell(value)) for name, value in manifest.get("parity", {}).items()]
+    facts += [(f"int8 against float32 {name}", value) for name, value in manifest.get("quantization", {}).items()]
     return dataclasses.replace(report, facts=tuple(facts), tables=tuple(tables))
 
 
