@@ -27,7 +27,16 @@ SCHEMA_VERSION = 1
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 # What the figures depend on: a change there starts a result file anew.
-_MEASURED = ("csrc", "edgerun", "export", "bench/harness.py", "bench/ops", "bench/peers", "bench/workloads")
+_MEASURED = (
+    "csrc",
+    "edgerun",
+    "export",
+    "bench/harness.py",
+    "bench/memory_box.py",
+    "bench/ops",
+    "bench/peers",
+    "bench/workloads",
+)
 _PEER_PACKAGES = ("onnxruntime", "llama-cpp-cffi")
 
 Row = dict[str, Any]  # {"kind", ..., "candidates": [Samples.to_json(), ...]}: plain JSON

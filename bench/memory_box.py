@@ -126,7 +126,8 @@ def memory_box(limit_bytes: int | None, *, cgroups: bool = True) -> Iterator[Mem
 
 
 def _cgroup_box(limit_bytes: int, stack: contextlib.ExitStack) -> CgroupBox | None:
-    for version, parent in _parents():
+    own, mounts = (pathlib.Path("/proc/self", name).read_text() for name in ("cgroup", "mounts"))
+    for version, parent in parents(own, mounts):
         folder = parent / f"edgerun-{os.getpid()}-{time.monotonic_ns()}"
         try:
             folder.mkdir()
@@ -140,16 +141,17 @@ def _cgroup_box(limit_bytes: int, stack: contextlib.ExitStack) -> CgroupBox | No
     return None
 
 
-def _parents() -> Iterator[tuple[int, pathlib.Path]]:
-    """Cgroups below which one may be made, with the version of their hierarchy: this process's own, then those above.
+def parents(own_text: str, mounts_text: str) -> Iterator[tuple[int, pathlib.Path]]:
+    """Cgroups below which one may be made, with the version of their hierarchy: a process's own, then those above.
 
-    In version 2 a cgroup with processes can have none below it that limits memory, so it is mostly one further up.
+    own_text, mounts_text: the process's "cgroup" and "mounts" in /proc. In version 2 a cgroup with processes can have
+    none below it that limits memory, so it is mostly one further up.
     """
-    own = {}  # of this process, by controller; version 2 names none
-    for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
+    own = {}  # by controller; version 2 names none
+    for line in own_text.splitlines():
         _, controllers, path = line.split(":", 2)
         own |= dict.fromkeys(controllers.split(","), path)
-    for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
+    for line in mounts_text.splitlines():
         _, mount, kind, options = line.split()[:4]
         version = {"cgroup": 1, "cgroup2": 2}.get(kind)
         controller = "memory" if version == 1 else ""

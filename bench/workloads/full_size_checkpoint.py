@@ -62,19 +62,19 @@ def make_checkpoint(folder: pathlib.Path, model: Model) -> dict[str, int]:
     build_word_tokenizer(["a", "red", "circle"]).save(str(folder / "text_encoder" / "tokenizer.json"))
     (folder / "denoiser" / "config.json").write_text(json.dumps(model.denoiser.to_dict()))
     with torch.device("meta"):
-        text = T5EncoderModel(config).state_dict()
-        denoiser = Stdit(model.denoiser).state_dict()
-    del text["encoder.embed_tokens.weight"]  # shared.weight, by its other name
+        modules = {"denoiser": Stdit(model.denoiser), "text_encoder": T5EncoderModel(config)}
+    states = {part: module.state_dict() for part, module in modules.items()}
+    del states["text_encoder"]["encoder.embed_tokens.weight"]  # shared.weight, by its other name
     frequencies = Stdit(dataclasses.replace(model.denoiser, depth=0)).rope.freqs
     known = {"rope.freqs": frequencies}
     facts = {}
-    for part, tensors in (("denoiser", denoiser), ("text_encoder", text)):
+    for part, tensors in states.items():
         file = folder / part / "model.safetensors"
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if not file.is_file():
             print(f"making {part}/{file.name}", flush=True)
             write_random_weights(file, shapes, lambda name, shape: known.get(name, _filling(name, shape)), model.dtype)
-        facts[f"{part}_parameters"] = sum(math.prod(shape) for shape in shapes.values())
+        facts[f"{part}_parameters"] = sum(one.numel() for one in modules[part].parameters())
         facts[f"{part}_bytes"] = file.stat().st_size
     _make_autoencoder(folder / "vae")
     return facts
