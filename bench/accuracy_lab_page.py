@@ -14,9 +14,9 @@ from bench.accuracy_lab_plans import (
     TITLES,
     Lab,
     Plan,
-    every_selector,
     needle_grid,
     selector_jobs,
+    stage_1,
     stage_2,
     stage_3,
 )
@@ -210,32 +210,46 @@ def boundary_table(found: Sequence[Measurement]) -> Table:
 
 
 def boundary_verdict(table: Table) -> str:
-    """What learned cuts gain at the longest length and smallest budget, in a sentence; "" without them."""
-    rows = [row for row in table.rows if str(row[2]).startswith("moments-learned")]
-    if not rows:
+    """What learned cuts gain at the longest length and smallest budget, in two sentences; "" without them."""
+    learned = [row for row in table.rows if str(row[2]).startswith("moments-learned")]
+    if not learned:
         return ""
-    length = max(int(row[0]) for row in rows)  # type: ignore[arg-type]
-    budget = min(int(row[1]) for row in rows if row[0] == length)  # type: ignore[arg-type]
+    length = max(int(row[0]) for row in learned)  # type: ignore[arg-type]
+    budget = min(int(row[1]) for row in learned if row[0] == length)  # type: ignore[arg-type]
+    families: dict[str, list[Estimate]] = {"fixed chunks": [], "cosine cuts": []}
     parts = []
-    for row in rows:
+    for row in learned:
         if row[:2] == (length, budget):
             gaps = [cell for cell in row[6:8] if isinstance(cell, Estimate) and cell.low is not None]
-            said = " and ".join(f"{g.value:+.2f} [{g.low:.2f}, {g.high:.2f}]" for g in gaps)
-            parts.append(f"{row[2]} against {row[4]} {said}")
+            families["fixed chunks" if "fixed" in str(row[4]) else "cosine cuts"] += gaps
+            figures = " and ".join(f"{g.value:+.2f} [{g.low:.2f}, {g.high:.2f}]" for g in gaps)
+            parts.append(f"{row[2]} against {row[4]} {figures}")
+    verdicts = [f"{_compared(gaps)} {family}" for family, gaps in families.items() if gaps]
     return (
-        f"Learned boundaries at {length:,} tokens and budget {budget:,}, attention held of the oracle's in prefill and "
-        f"decode, differences in points: {'; '.join(parts)}."
+        f"Learned boundaries {' and '.join(verdicts)} of the nearest length. At {length:,} tokens and budget "
+        f"{budget:,}, attention held of the oracle's in prefill and decode, differences in points: {'; '.join(parts)}."
     )
 
 
+def _compared(gaps: Sequence[Estimate]) -> str:
+    """Differences in favour of something, as a verb: what no interval leaves out is not said."""
+    wins = any(gap.low is not None and gap.low > 0 for gap in gaps)
+    losses = any(gap.high is not None and gap.high < 0 for gap in gaps)
+    if wins and losses:
+        return "beat at one threshold and lose at another to"
+    return "beat" if wins else "lose to" if losses else "cannot be told from"
+
+
 def planned(lab: Lab, samples: int) -> list[Measurement]:
-    """The measurements of stage 1 as it is planned now, without what earlier selectors or predictors left."""
-    names = every_selector(lab)
-    base = lab.base(names)
-    builds = {name: selector_fidelity.build_of(base, name) for name in names}
-    jobs = set(selector_jobs(tuple(BUDGETS), samples))
+    """The measurements of stage 1 as it is planned now, without what earlier plans or predictors left."""
+    wanted = set()
+    parts = stage_1(lab)
+    base = lab.base([name for names, _, _ in parts for name in names])
+    for names, lengths, budgets in parts:
+        builds = {(selector_fidelity.build_of(base, name), name) for name in names}
+        wanted |= {(*b, budget, job) for b in builds for budget in budgets for job in selector_jobs(lengths, samples)}
     found = selector_fidelity.read_record(lab.measurements).values()
-    return [o for o in found if o.density is not None and builds.get(o.selector) == o.build and o.job in jobs]
+    return [o for o in found if o.density is not None and (o.build, o.selector, o.budget, o.job) in wanted]
 
 
 def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:

@@ -134,11 +134,6 @@ def stage_1(lab: Lab) -> list[tuple[tuple[str, ...], tuple[int, ...], tuple[int,
     return [(lab.usable(names), of, within) for names, of, within in parts]
 
 
-def every_selector(lab: Lab) -> tuple[str, ...]:
-    """All of stage 1."""
-    return tuple(name for names, _, _ in stage_1(lab) for name in names)
-
-
 def selector_jobs(lengths: Sequence[int], samples: int) -> list[Job]:
     """`samples` prompts a length, four tasks in turns."""
     return eval_selectors.selector_jobs(eval_selectors.TASKS, lengths, samples, 0)

@@ -63,7 +63,7 @@ VAE = VideoAutoencoderConfig(
     micro_batch=None,
 )
 DENOISER = StditConfig(
-    hidden_size=192,
+    hidden_size=144,
     depth=6,
     num_heads=6,
     patch_size=(3, 3),

@@ -7,9 +7,7 @@ rotary embedding that nobody knows, or attention that does not go through transf
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import mmap
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from edgerun.errors import CheckpointError
+from edgerun.tensor_files import TensorEntry, read_json, tensor_entries
 
 Progress = Callable[[str, float], None]  # (what is being done, fraction done in 0..1)
 
@@ -28,19 +27,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "su"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -53,17 +39,6 @@ class ModelConfig(Protocol):
     model_type: str
 
     def to_dict(self) -> dict[str, Any]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: file, dtype, shape and its bytes within the file."""
-
-    file: pathlib.Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # bytes from the file's beginning
-    end: int
 
 
 class Checkpoint:
@@ -88,17 +63,17 @@ class Checkpoint:
         folder = pathlib.Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder: pass a local Hugging Face checkpoint folder")
-        raw_config = _read_json(folder / "config.json")
+        raw_config = read_json(folder / "config.json")
         _check_rope(folder, raw_config)
         config = _decoder_config(folder, raw_config)
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(
                 f"{folder} has no tokenizer.json: save the tokenizer with AutoTokenizer(...).save_pretrained(folder)"
             )
-        _read_json(folder / "tokenizer.json")
+        read_json(folder / "tokenizer.json")
         generation_file = folder / "generation_config.json"
-        generation = _read_json(generation_file) if generation_file.is_file() else {}
-        return Checkpoint(folder, config, generation, _tensor_entries(folder))
+        generation = read_json(generation_file) if generation_file.is_file() else {}
+        return Checkpoint(folder, config, generation, tensor_entries(folder))
 
     @property
     def architecture(self) -> str:
@@ -194,20 +169,6 @@ def _blocks(path: pathlib.Path) -> Iterator[bytes]:
             yield block
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}: pass a local Hugging Face checkpoint folder"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not a JSON object: fetch the checkpoint again")
-    return values
-
-
 def _check_rope(folder: pathlib.Path, raw: dict[str, Any]) -> None:
     """Refuse a rope type that is not known; transformers would only log it."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -278,72 +239,3 @@ def _check_attention(name: str, config: Any, found: type[torch.nn.Module]) -> No
         )
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise CheckpointError(f"{name} attends in both directions: edgerun exports causal decoders only")
-
-
-def _tensor_entries(folder: pathlib.Path) -> dict[str, TensorEntry]:
-    index_file = folder / _INDEX
-    if not index_file.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise CheckpointError(
-                f"{folder} has neither {_SINGLE} nor {_INDEX}: edgerun reads safetensors only; "
-                "convert with model.save_pretrained(folder)"
-            )
-        return _read_header(folder / _SINGLE)
-    weight_map = _read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_file} has no weight_map: fetch the checkpoint again")
-    entries: dict[str, TensorEntry] = {}
-    for shard in sorted(set(weight_map.values())):
-        if pathlib.PurePath(shard).name != shard:
-            raise CheckpointError(f"{index_file} names {shard!r}, which is not a file of the folder itself")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{shard} is missing from {folder}, though {_INDEX} names it: fetch it again")
-        entries |= _read_header(folder / shard)
-    missing = sorted(set(weight_map) - set(entries))
-    if missing:
-        raise CheckpointError(
-            f"{index_file.name} names tensor {missing[0]!r}, which {weight_map[missing[0]]} does not hold "
-            f"({len(missing)} in all): fetch the checkpoint again"
-        )
-    return entries
-
-
-def _read_header(path: pathlib.Path) -> dict[str, TensorEntry]:
-    """Entries of one safetensors file: 8 bytes of header length, the header as JSON, then the tensors' bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated: {size} bytes cannot hold its header of {length} bytes; fetch it again"
-            )
-        try:
-            header = json.loads(file.read(length))
-            entries = {
-                name: TensorEntry(
-                    file=path,
-                    dtype=_DTYPES[value["dtype"]],
-                    shape=tuple(value["shape"]),
-                    start=8 + length + value["data_offsets"][0],
-                    end=8 + length + value["data_offsets"][1],
-                )
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
-        except KeyError as error:
-            raise CheckpointError(
-                f"{path} has a header without, or with an unsupported value for, {error}: edgerun reads "
-                f"tensors of {', '.join(_DTYPES)}"
-            ) from None
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path} has a damaged header ({error}): fetch it again") from None
-    needed = max((entry.end for entry in entries.values()), default=8 + length)
-    if size < needed:
-        raise CheckpointError(f"{path} is truncated: it has {size} of {needed} bytes; fetch it again")
-    for name, entry in entries.items():
-        elements = torch.Size(entry.shape).numel()
-        if entry.start < 8 + length or entry.end - entry.start != elements * entry.dtype.itemsize:
-            raise CheckpointError(
-                f"{path} has a damaged header: tensor {name!r} does not fit its bytes; fetch it again"
-            )
-    return entries

@@ -211,6 +211,12 @@ TOLERANCES: Mapping[str, Tolerance] = types.MappingProxyType(
             "at most one token in twenty lies closer to a tie than the 8-bit rounding moves its logits",
             least=True,
         ),
+        "quantized_block": Tolerance(
+            0.1,
+            "relative L2, a block with int8 weights and 8-bit activations against its float32 module, eager",
+            "steps of max / 127.5 in weights and range / 255 in a row of activations: 0.9 % each if spread normally; "
+            "a row of 10,240 that one value dominates loses up to sqrt(10240) / (255 sqrt 12) = 11 %",
+        ),
         "sparse_kl_nats": Tolerance(
             2e-3,
             "mean teacher-forced KL, float32 sparse program against eager with the same op, nats",
@@ -243,6 +249,17 @@ TOLERANCES: Mapping[str, Tolerance] = types.MappingProxyType(
             0.5,
             "top-2 logit margin of the eager model at the first divergence (fp16 or quantised)",
             "quantized_parity_logits x logits of order 10",
+        ),
+        "pixel_levels": Tolerance(
+            1.0,
+            "largest difference of 8-bit pixels, frames of a float32 program against eager",
+            "a value within logits_fp32 of a level's edge is rounded to either side; none is a whole level off",
+        ),
+        "quantized_frames_psnr_db": Tolerance(
+            29.0,
+            "PSNR, 8-bit frames of a quantised program against its fake-quantised eager model, dB",
+            "20 log10(255 / (quantized_parity_logits x 128 levels x sqrt 2)) = 29: latents that far off, decoded",
+            least=True,
         ),
         "cross_isa_logits": Tolerance(
             1e-4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 _LOGGERS = ("torchao", "torch.utils._pytree", "transformers", "root")
@@ -11,5 +12,6 @@ _LOGGERS = ("torchao", "torch.utils._pytree", "transformers", "root")
 def quiet_libraries() -> None:
     """Silence warnings of the libraries below; errors are still said. For a process that a verb owns."""
     warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -32,7 +32,8 @@ class VideoRecipe:
     merge_possible: bool = False  # programs that can merge although merge_steps is 0
     pairs_per_program: int = 1  # of the denoiser's spatial and temporal blocks
     max_prompt_tokens: int | None = None
-    frames_per_call: int | None = None  # that are decoded at once, after time; None: as many as their size allows
+    quantize: Literal["none", "int8"] = "none"  # linear layers and token table of text encoder and denoiser
+    frames_per_call: int | None = None  # decoded at once, at most a chunk's; None: as many as their size allows
 
     def __post_init__(self) -> None:
         """Raise ExportError for a value out of its range."""
@@ -51,6 +52,8 @@ class VideoRecipe:
             )
         if self.leap == "fixed" and self.leap_evaluations < 1:
             raise ExportError(f"a fixed leap after {self.leap_evaluations} evaluations; give at least 1")
+        if self.quantize not in ("none", "int8"):
+            raise ExportError(f"quantize is {self.quantize!r}; a video model's weights can be none or int8")
         if not 0.0 < self.leap_latest_time <= 1.0:
             raise ExportError(f"leap_latest_time is {self.leap_latest_time}; it must be above 0 and at most 1")
         if self.merge_steps < 0:
@@ -65,8 +68,11 @@ class VideoRecipe:
         return self.merge_steps > 0 or self.merge_possible
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, as the manifest stores it."""
-        return {**dataclasses.asdict(self), "merge_parts": list(self.merge_parts)}
+        """Plain JSON values. `quantize` only where it is int8: the hash of other recipes stays what it was."""
+        values = {**dataclasses.asdict(self), "merge_parts": list(self.merge_parts)}
+        if self.quantize == "none":
+            del values["quantize"]
+        return values
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> VideoRecipe:

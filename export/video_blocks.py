@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +19,11 @@ from edgerun.models.stdit import Stdit, rotary_angles
 from edgerun.models.stdit_blocks import Tensors, denoiser_blocks
 from edgerun.models.temporal_vae import VideoAutoencoder, VideoAutoencoderConfig
 from edgerun.models.temporal_vae_blocks import decoder_blocks
-from edgerun.models.text_encoder import TextEncoder, encoder_blocks
+from edgerun.models.text_encoder import Embedding, encoder_blocks
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.techniques.temporal_token_merging import FrameMerge, adjacent_groups, frame_merge
+from edgerun.techniques.weight_quantization import quantize_linears
+from edgerun.tensor_files import TensorFiles
 from edgerun.video_recipe import VideoRecipe
 
 _EXAMPLE_TOKENS = 7  # of a prompt, where a program is traced
@@ -53,6 +56,16 @@ class Block:
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    precise: tuple[str, ...] | None = ()  # submodules that stay in float32 where the recipe quantises; None: all do
+
+    def quantize(self) -> bool:
+        """Quantise the module in place: linear layers and the token table to int8. False: there is nothing to."""
+        if self.precise is None:
+            return False
+        tables = [module for module in self.module.modules() if isinstance(module, Embedding)]
+        for table in tables:
+            table.quantize()
+        return quantize_linears(self.module, "int8", self.precise) > 0 or bool(tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Geometry:
         frames, height, width = frame_size(source, recipe)
         steps = recipe.steps or settings.steps
         factor, latents = config.spatial_factor, config.latent_frames(frames)
-        of_call = min(frames, recipe.frames_per_call or frames_per_call(config, height, width))
+        of_call = min(recipe.frames_per_call or frames_per_call(config, height, width), config.frames_per_chunk)
         chunk = (config.frames_per_chunk, config.temporal_factor)
         return Geometry(
             frames,
@@ -86,7 +99,7 @@ class Geometry:
             width,
             (latents, height // factor, width // factor),
             _last_and_others(latents, min(latents, config.latents_per_chunk)),
-            _last_and_others(frames, of_call),
+            _last_and_others(frames, min(frames, of_call)),
             recipe.max_prompt_tokens or source.denoiser.model_max_length,
             steps,
             settings.guidance if recipe.guidance is None else recipe.guidance,
@@ -135,18 +148,18 @@ def merge_of(geometry: Geometry, recipe: VideoRecipe) -> FrameMerge | None:
     return frame_merge(adjacent_groups(geometry.latent[0], alone=recipe.merge_alone), frozenset(recipe.merge_parts))
 
 
-def text_chain(encoder: TextEncoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
-    """Blocks and example inputs."""
+def text_chain(model: Any, weights: TensorFiles, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+    """Blocks and example inputs. weights: where the model, which is on the meta device, gets its tensors."""
 
     def blocks() -> Iterator[Block]:
-        for block in encoder_blocks(encoder.model, geometry.max_tokens):
+        for block in encoder_blocks(model, geometry.max_tokens, weights):
             first, last = block.name == "embedding", block.name == "norm"
             inputs = ("tokens",) if first else ("text",) if last else ("text", "bias")
             outputs = ("text", "bias") if first else ("y",) if last else ("text",)
             yield Block(f"text_{block.name}", block.module, inputs, outputs)
 
     count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
-    vocabulary = int(encoder.model.config.vocab_size)
+    vocabulary = int(model.config.vocab_size)
     tokens = torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
     return blocks(), {"tokens": tokens}
 
@@ -166,7 +179,7 @@ def denoiser_chain(
             pairs_per_block=recipe.pairs_per_program,
             weights=weights,
         ):
-            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs)
+            yield Block(f"denoiser_{block.name}", block.module, block.inputs, block.outputs, block.precise)
 
     generator = torch.Generator().manual_seed(0)
     count = min(_EXAMPLE_TOKENS, geometry.max_tokens)
@@ -190,15 +203,13 @@ def time_decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Ite
     def blocks() -> Iterator[Block]:
         for index, block in enumerate(decoder_blocks(model, stages=("time",))):
             module = block.module if index else nn.Sequential(_ChunkToPictures(), block.module).eval()
-            yield Block(f"decoder_{block.name}", module, ("chunk" if index else "z",), ("chunk",))
+            yield Block(f"decoder_{block.name}", module, ("chunk" if index else "z",), ("chunk",), precise=None)
 
     shape = (1, model.config.latent_channels, geometry.chunk_latents[1], *geometry.latent[1:])
     return blocks(), {"z": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
-def frame_decoder_chain(
-    model: VideoAutoencoder, geometry: Geometry
-) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+def frame_decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
     """Blocks and example inputs, for the pictures of one call; programs take fewer where the clip ends with fewer."""
 
     def blocks() -> Iterator[Block]:
@@ -206,7 +217,8 @@ def frame_decoder_chain(
         for block, following in itertools.pairwise(parts):
             assert block is not None
             module = block.module if following else nn.Sequential(block.module, _PicturesToFrames()).eval()
-            yield Block(f"decoder_{block.name}", module, ("pictures",), ("pictures" if following else "frames",))
+            outputs = ("pictures" if following else "frames",)
+            yield Block(f"decoder_{block.name}", module, ("pictures",), outputs, precise=None)
 
     shape = (geometry.call_frames[1], model.config.latent_channels, *geometry.latent[1:])
     return blocks(), {"pictures": torch.randn(shape, generator=torch.Generator().manual_seed(0))}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from typing import TYPE_CHECKING
 
 # Before torch is imported: the test workers share the cores, so each takes one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from edgerun.devices.emulated_arm64 import EmulatedArm64Device
 
 # A skip for one of these is the machine's fault; in CI it is a failure. `make packages` installs them.
 DEBIAN_PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user", "openssh-server", "chromium")
@@ -45,3 +50,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid}: {reason} (in CI a missing package is a failure: run `make packages`)"
     return report
+
+
+@pytest.fixture(scope="session")
+def arm64() -> EmulatedArm64Device:
+    """The emulated device; without what it needs from the system, the test is skipped."""
+    from edgerun.devices.emulated_arm64 import EmulatedArm64Device
+    from edgerun.errors import DeviceError
+
+    device = EmulatedArm64Device()
+    try:
+        device.describe()
+    except DeviceError as error:
+        needed = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
+        missing = [package for program, package in needed.items() if shutil.which(program) is None]
+        if not missing:  # then it is our build that fails
+            raise
+        pytest.skip(f"{error} (not installed: {', '.join(missing)})")
+    return device

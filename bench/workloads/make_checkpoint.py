@@ -2,8 +2,7 @@
 
     python bench/workloads/make_checkpoint.py FOLDER [--layers 16] [--hidden 2048] ...
 
-The weights file is written tensor by tensor, a few rows at a time, so making 2.5 GB takes no memory to speak of. The
-tokenizer is the zoo's byte-level one: its ids lie within any larger vocabulary.
+The tokenizer is the zoo's byte-level one: its ids lie within any larger vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import struct
-from typing import IO
+import sys
 
 import torch
 
 from edgerun import zoo
 
-_ROWS_AT_ONCE = 4096
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from bench.random_weights import write_random_weights
+
 _STANDARD_DEVIATION = 0.02  # transformers' initializer_range
 
 
@@ -96,34 +96,13 @@ def make_checkpoint(folder: pathlib.Path, shape: LlamaShape, seed: int = 0) -> i
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(zoo.zoo_model_path("text") / name, folder / name)
-    generator = torch.Generator().manual_seed(seed)
-    unfinished = folder / "model.safetensors.part"
-    with unfinished.open("wb") as file:
-        _write_header(file, shape.tensors())
-        for name, size in shape.tensors().items():
-            _write_tensor(file, size, generator, ones=name.endswith("norm.weight"))
-    unfinished.rename(weights)
+
+    def filling(name: str, _: tuple[int, ...]) -> tuple[float, float]:
+        return (1.0, 0.0) if name.endswith("norm.weight") else (0.0, _STANDARD_DEVIATION)
+
+    write_random_weights(weights, shape.tensors(), filling, torch.bfloat16, seed)
     (folder / "config.json").write_text(config)
     return weights.stat().st_size
-
-
-def _write_header(file: IO[bytes], tensors: dict[str, tuple[int, ...]]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, shape in tensors.items():
-        end = start + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-
-
-def _write_tensor(file: IO[bytes], shape: tuple[int, ...], generator: torch.Generator, ones: bool) -> None:
-    for start in range(0, shape[0], _ROWS_AT_ONCE):
-        rows = (min(_ROWS_AT_ONCE, shape[0] - start), *shape[1:])
-        values = torch.ones(rows) if ones else torch.randn(rows, generator=generator) * _STANDARD_DEVIATION
-        file.write(values.to(torch.bfloat16).view(torch.uint16).numpy().tobytes())
 
 
 def main() -> None:

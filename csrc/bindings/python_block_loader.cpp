@@ -137,6 +137,8 @@ void register_block_loader(py::module_& module) {
         return std::pair(bytes.anonymous, bytes.file);
       },
       "Anonymous and file-backed bytes of this process in RAM; -1: unknown.");
+  module.def("return_large_memory", edgerun::return_large_memory,
+             "From now on, memory of a MiB or more goes back to the system as soon as it is freed.");
   py::class_<Loader>(module, "BlockLoader")
       .def(py::init<const std::vector<Program>&, int64_t, std::optional<int64_t>, int64_t>(), py::arg("programs"),
            py::arg("prefetch") = 1, py::arg("budget_bytes") = py::none(), py::arg("threads") = 0)

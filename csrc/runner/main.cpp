@@ -49,8 +49,12 @@ Video:
   --times T,T,...       of the diffusion, from 1 down, instead of the bundle's
   --leap KIND           none, fixed:EVALUATIONS or cosine:LATEST_TIME,TOLERANCE,PATIENCE, instead of the bundle's
   --merge-steps N       first steps with merged frames, instead of the bundle's
-  --state-out F         where a run that SIGINT or SIGTERM ends is saved
+  --state-out F         where a run that SIGINT, SIGTERM or --stop-after ends is saved
+  --stop-after STAGE    encode or denoise: run no later stage; text features and latent are in --state-out
   --state-in F          go on from there; the prompt is not read then
+  --progress            say each prompt, step and chunk of latents on the standard error as it begins, in a line:
+                        progress STAGE DONE TOTAL EVALUATIONS TIME ELAPSED_MS
+
 Exit status: 0 good, 2 bad usage or input, with one line on the standard error.
 )";
 
@@ -105,6 +109,9 @@ bool parse_arguments(int count, char** values, Request* request) {
     const std::string argument = values[i];
     if (argument == "--no-verify") {
       request->session.verify = 0;
+    } else if (argument == "--progress") {
+      request->video.progress = true;
+      if (request->video_option.empty()) request->video_option = argument;
     } else if (argument.rfind("--", 0) != 0) {
       if (!request->bundle.empty())
         return fail("two bundles, '" + request->bundle + "' and '" + argument + "': give one");

@@ -1,6 +1,7 @@
 #include "csrc/runner/video.h"
 
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 
@@ -15,7 +16,18 @@ volatile std::sig_atomic_t stopped = 0;
 
 void stop(int) { stopped = 1; }
 int32_t is_stopped(void*) { return stopped; }
-int32_t is_stopped_at(const edgerun_video_progress*, void*) { return stopped; }
+// user: the VideoRequest.
+int32_t is_stopped_at(const edgerun_video_progress* progress, void* user) {
+  static constexpr const char* kStages[] = {"encode", "denoise", "decode"};
+  const auto& request = *static_cast<const VideoRequest*>(user);
+  if (progress->stage > request.stop_after) return 1;
+  if (request.progress) {
+    std::fprintf(stderr, "progress %s %lld %lld %lld %.9g %.3f\n", kStages[progress->stage],
+                 static_cast<long long>(progress->done), static_cast<long long>(progress->total),
+                 static_cast<long long>(progress->evaluations), progress->time, progress->elapsed_ms);
+  }
+  return stopped;
+}
 
 bool parse_leap(const std::string& option, const std::string& value, edgerun_video_generate_options* options) {
   const size_t colon = value.find(':');
@@ -41,6 +53,23 @@ bool parse_leap(const std::string& option, const std::string& value, edgerun_vid
          parse_number(option, rest.substr(second + 1), &options->leap_patience);
 }
 
+bool parse_stage(const std::string& option, const std::string& value, int* stage) {
+  if (value == "encode") return *stage = EDGERUN_VIDEO_ENCODE, true;
+  if (value == "denoise") return *stage = EDGERUN_VIDEO_DENOISE, true;
+  return fail(option + " is '" + value + "'; it must be encode or denoise");
+}
+
+// A run that stops early leaves its state, and nothing that a later stage makes.
+bool check_stop(const VideoRequest& request) {
+  if (request.stop_after == EDGERUN_VIDEO_DECODE) return true;
+  if (request.state_out.empty()) return fail("--stop-after needs --state-out, where the run is saved");
+  const bool encode = request.stop_after == EDGERUN_VIDEO_ENCODE;
+  if (request.frames_path.empty() && (!encode || request.latent_path.empty())) return true;
+  return fail(std::string("--stop-after ") + (encode ? "encode" : "denoise") + " ends before " +
+              (request.frames_path.empty() ? "the latent is made: leave --latent-out out"
+                                           : "frames are made: leave --frames-out out"));
+}
+
 bool parse_times(const std::string& option, std::string_view text, std::vector<double>* times) {
   while (!text.empty()) {
     const size_t comma = std::min(text.find(','), text.size());
@@ -50,13 +79,13 @@ bool parse_times(const std::string& option, std::string_view text, std::vector<d
   return true;
 }
 
-bool save_state(edgerun_video_session* session, const VideoRequest& request) {
+// *saved: there was a state, and a place for it.
+bool save_state(edgerun_video_session* session, const VideoRequest& request, bool* saved) {
   const void* state = nullptr;
   size_t bytes = 0;
   if (edgerun_video_session_state(session, &state, &bytes) != EDGERUN_OK) return failed_call();
-  if (request.state_out.empty() || bytes == 0) return fail("cancelled; nothing was written");
-  if (!write_file(request.state_out, state, bytes)) return false;
-  return fail("cancelled; go on with --state-in " + request.state_out);
+  *saved = !request.state_out.empty() && bytes > 0;
+  return !*saved || write_file(request.state_out, state, bytes);
 }
 
 }  // namespace
@@ -67,6 +96,7 @@ bool parse_video(const std::string& option, const char* value, VideoRequest* req
   if (option == "--latent-out") return request->latent_path = value, true;
   if (option == "--noise-file") return request->noise_path = value, true;
   if (option == "--state-out") return request->state_out = value, true;
+  if (option == "--stop-after") return parse_stage(option, value, &request->stop_after);
   if (option == "--state-in") return request->state_in = value, true;
   if (option == "--memory-limit") return parse_bytes(option, value, &request->session.memory_limit_bytes);
   if (option == "--prefetch") return parse_number(option, value, &request->session.prefetch);
@@ -78,6 +108,7 @@ bool parse_video(const std::string& option, const char* value, VideoRequest* req
 }
 
 bool run_video(const VideoRequest& request) {
+  if (!check_stop(request)) return false;
   std::string noise, state;
   if (!request.noise_path.empty() && !read_file("--noise-file", request.noise_path, &noise)) return false;
   if (!request.state_in.empty() && !read_file("--state-in", request.state_in, &state)) return false;
@@ -112,10 +143,16 @@ bool run_video(const VideoRequest& request) {
   edgerun_video_result result = {};
   result.struct_bytes = sizeof(result);
   if (edgerun_video_session_generate(session, request.tokens.data(), request.tokens.size(), &options, is_stopped_at,
-                                     nullptr, &result) != EDGERUN_OK) {
+                                     const_cast<VideoRequest*>(&request), &result) != EDGERUN_OK) {
     return failed_call();
   }
-  if (result.cancelled != 0) return save_state(session, request);
+  if (result.cancelled != 0 || request.stop_after != EDGERUN_VIDEO_DECODE) {
+    bool saved = false;
+    if (!save_state(session, request, &saved)) return false;
+    if (result.cancelled != 0 && stopped != 0) {
+      return fail(saved ? "cancelled; go on with --state-in " + request.state_out : "cancelled; nothing was written");
+    }
+  }
   const char* run = nullptr;
   if (edgerun_video_session_report(session, &run) != EDGERUN_OK) return failed_call();
   json::Writer json;
@@ -123,6 +160,8 @@ bool run_video(const VideoRequest& request) {
   json.key("build").value(info.build);
   write_device(info.threads, &json);
   json.key("frames").begin_array().value(info.frames).value(info.height).value(info.width).value(3).end_array();
+  json.key("latent").begin_array().value(info.channels).value(info.latent_frames);
+  json.value(info.latent_height).value(info.latent_width).end_array();
   json.key("fps").value(info.fps).key("run").raw(run).end_object();
   const auto wrote = [](const std::string& path, const void* data, size_t bytes) {
     return path.empty() || write_file(path, data, bytes);

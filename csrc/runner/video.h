@@ -13,6 +13,8 @@ struct VideoRequest {
   std::string bundle, report_path, frames_path, latent_path, noise_path, state_in, state_out;
   std::vector<int64_t> tokens;
   std::vector<double> times;
+  bool progress = false;
+  int stop_after = EDGERUN_VIDEO_DECODE;  // the last stage to run
   edgerun_video_options session = edgerun_video_options_default();
   edgerun_video_generate_options generate = edgerun_video_generate_options_default();
 };

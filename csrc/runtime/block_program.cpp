@@ -194,6 +194,10 @@ Status BlockProgram::load(const ChainProgram& facts, WorkspaceKey* key, LazyMemo
 Status BlockProgram::execute(Values* values) {
   const ExecutorchLog log;
   const std::string where = "block '" + facts_.name + "' (" + facts_.path + ")";
+  if (loader_->mapped_bytes() > 0 && loader_->cut_short()) {
+    return Status(StatusCode::kCorrupt,
+                  "'" + facts_.path + "' was cut short while it was in use: copy the bundle again");
+  }
   for (size_t i = 0; i < facts_.inputs.size(); ++i) {
     const auto found = values->find(facts_.inputs[i]);
     if (found == values->end()) {

@@ -108,4 +108,9 @@ int64_t MappedDataLoader::mapped_bytes() const {
   return bytes;
 }
 
+bool MappedDataLoader::cut_short() const {
+  struct stat facts = {};
+  return fstat(descriptor_, &facts) != 0 || facts.st_size < static_cast<off_t>(bytes_);
+}
+
 }  // namespace edgerun

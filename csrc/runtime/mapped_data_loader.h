@@ -31,6 +31,7 @@ class MappedDataLoader final : public executorch::runtime::DataLoader {
   void read_ahead() const;  // asks the system to have the file in its cache
   void drop_pages() const;
   int64_t mapped_bytes() const;  // of the mappings that live
+  bool cut_short() const;        // whether the file has lost bytes since: reading a mapping of them would be a SIGBUS
 
  private:
   MappedDataLoader(int descriptor, size_t bytes) : descriptor_(descriptor), bytes_(bytes) {}

@@ -1,12 +1,16 @@
-"""Time a bundle: prefill at several prompt lengths, decode after each, mean ± standard deviation.
+"""Time a bundle. Every run is a fresh process on the device, after one that is not counted.
 
-pp512 is the prefill of 512 tokens, tg64@512 the generation of 64 tokens after them. Every run is a fresh process on the
-device, after one that is not counted; with --against both bundles take turns, and the ratio is of paired runs.
+Text: prefill at several prompt lengths, decode after each, mean ± standard deviation. pp512 is the prefill of 512
+tokens, tg64@512 the generation of 64 tokens after them. With --against both bundles take turns, and the ratio is of
+paired runs.
+
+Video: whole clips, medians: each stage and each program, loading, executing, how much of both ran at once, and memory.
 
 examples
   edgerun bench text.edgerun
   edgerun bench sparse.edgerun --against dense.edgerun -p 1024,2048,4096,8192 -r 5
   edgerun bench text.edgerun --device ssh:board -p 512 -n 32 --json
+  edgerun bench clip.edgerun --memory-limit 1GB --lpl 4 -r 1
 """
 
 from __future__ import annotations
@@ -18,13 +22,24 @@ import random
 import statistics
 from collections.abc import Sequence
 
-from edgerun.commands.common import Tools, add_output_options, begin_report, emit, positive, positive_list
+from edgerun.commands.common import (
+    Tools,
+    add_output_options,
+    begin_report,
+    emit,
+    not_negative,
+    positive,
+    positive_list,
+)
 from edgerun.commands.measure import Timing, generate_on
+from edgerun.commands.video_bench import add_bench_options, bench
 from edgerun.errors import EdgerunError
 from edgerun.report import Axis, Cell, Column, Estimate, Plot, Report, Series, Table
 
-SUMMARY = "tokens per second, prefill and decode, mean ± sd"
+SUMMARY = "tokens per second, or where a clip's time goes"
 _PROMPT_SEED = "edgerun bench"
+_PROMPT_TOKENS = (512, 1024, 2048, 4096, 8192)
+_NEW_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,39 +56,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="host", metavar="D", help="host, emulated-arm64 or ssh:HOST[:PORT]; default: %(default)s"
     )
-    parser.add_argument(
+    parser.add_argument("-r", "--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
+    text = parser.add_argument_group("text bundles")
+    text.add_argument(
         "-p",
         "--prompt-tokens",
         type=positive_list,
-        default=(512, 1024, 2048, 4096, 8192),
         metavar="N,N",
         help="as 512,2048 or 512..8192, doubling; default: 512..8192, as far as the context goes",
     )
-    parser.add_argument(
+    text.add_argument(
         "-n",
         "--new-tokens",
-        type=int,
-        default=64,
+        type=not_negative,
         metavar="N",
-        help="tokens to generate; 0: prefill alone; default: %(default)s",
+        help=f"tokens to generate; 0: prefill alone; default: {_NEW_TOKENS}",
     )
-    parser.add_argument("-r", "--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
-    parser.add_argument(
+    text.add_argument(
         "--against", type=pathlib.Path, metavar="OTHER.edgerun", help="also time this bundle, in turns, and give ratios"
     )
+    add_bench_options(parser)
     add_output_options(parser)
 
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun bench`."""
+    from edgerun.bundle import kind_of
+
+    of_kind = {
+        "text": ("prompt_tokens", "new_tokens", "against"),
+        "video": ("prompt", "lpl", "tdtm", "prefetch", "memory_limit"),
+    }
+    kind = kind_of(arguments.bundle)
+    other = "video" if kind == "text" else "text"
+    if given := [name for name in of_kind[other] if getattr(arguments, name) is not None]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise EdgerunError(f"{arguments.bundle} is a {kind} bundle: {option} is for {other} bundles")
+    if kind == "video":
+        return emit(bench(arguments, tools.command), arguments)
     paths = [arguments.bundle] + ([] if arguments.against is None else [arguments.against])
-    if arguments.new_tokens < 0:
-        raise EdgerunError(f"-n is {arguments.new_tokens}; it must be 0 or more")
     report = bench_bundles(
         paths,
-        arguments.prompt_tokens,
-        arguments.new_tokens,
+        arguments.prompt_tokens or _PROMPT_TOKENS,
+        _NEW_TOKENS if arguments.new_tokens is None else arguments.new_tokens,
         repeats=arguments.repeats,
         device_name=arguments.device,
         threads=arguments.threads,
@@ -92,7 +118,7 @@ def bench_bundles(
     threads: int | None = None,
     command: str = "",
 ) -> Report:
-    """Time one bundle, or two in turns (ratios are of the first over the second).
+    """Time one text bundle, or two in turns (ratios are of the first over the second).
 
     Raises BundleError or DeviceError, or EdgerunError when no workload fits the context.
     """

@@ -187,7 +187,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=("none", "int8", "8da4w"),
         default=recipe.quantize,
-        help="weights; activations are 8-bit dynamic; default: %(default)s",
+        help="weights; activations are 8-bit dynamic; of video models none or int8; default: %(default)s",
     )
     group.add_argument(
         "--dtype",

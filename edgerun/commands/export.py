@@ -8,7 +8,7 @@ examples
   edgerun export ./Llama-3.2-1B -o llama.edgerun --quantize 8da4w --max-context 16384
   edgerun export ./Llama-3.2-1B -o llama.edgerun --dry-run --memory-limit 2GiB      what would it need?
   edgerun export zoo:text -o text.edgerun --calibration text.calibration      every layer as `calibrate` chose
-  edgerun export ./Open-Sora -o clip.edgerun --frames 51 --height 144 --width 256 --lpl 18 --tdtm 15
+  edgerun export ./Open-Sora -o clip.edgerun --frames 51 --height 144 --width 256 --lpl 18 --tdtm 15 --quantize int8
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     if arguments.output is None and not arguments.dry_run:
         raise ExportError("no --output is given: pass -o NAME.edgerun, or --dry-run for the memory plan alone")
     if _kind(arguments, checkpoint) == "video":
-        if recipe_from(arguments) != Recipe() or arguments.calibration is not None:
+        # --quantize is of both kinds.
+        if recipe_from(arguments) != Recipe(quantize=arguments.quantize) or arguments.calibration is not None:
             raise ExportError("a text model's options are given for a video model: leave them out (--help has both)")
         return video.export(arguments, tools, checkpoint)
     of_video = ("frames", "height", "width", "steps", "guidance", "lpl", "tdtm", "blocks")

@@ -1,8 +1,8 @@
-"""Show what a bundle is: its recipe, source, limits, files, memory plan and the parity measured when it was made.
+"""Show what a bundle is: its recipe, source, limits, files, memory and the parity measured when it was made.
 
 examples
   edgerun inspect text.edgerun
-  edgerun inspect text.edgerun --json
+  edgerun inspect clip.edgerun --json
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from edgerun.bundle import Bundle
 from edgerun.commands.common import Tools, add_output_options, begin_report, emit
 from edgerun.commands.export import plan_table
+from edgerun.commands.video_inspect import video_facts, video_tables
 from edgerun.recipe import LayerChoice
 from edgerun.report import Cell, Column, Report, Table
 
@@ -45,7 +46,7 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
             f"{source.get('model_type')} ({source.get('architecture')}), sha256 {str(source.get('sha256'))[:16]}",
         ),
         ("made by", f"edgerun {manifest.get('edgerun_version')}"),
-        *(_video_facts(manifest) if manifest["kind"] == "video" else _text_facts(manifest)),
+        *(video_facts(manifest) if manifest["kind"] == "video" else _text_facts(manifest)),
     ]
     recipe = manifest["recipe"]
     options = {name: value for name, value in recipe.items() if name != "dhsa"}
@@ -63,6 +64,8 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
             tuple((name, facts["bytes"] / 1024, facts["sha256"][:16]) for name, facts in manifest["files"].items()),
         ),
     ]
+    if manifest["kind"] == "video":
+        return dataclasses.replace(report, facts=tuple(facts), tables=(*video_tables(manifest), *tables))
     if manifest.get("memory_plan"):
         tables.append(plan_table(manifest["memory_plan"]))
     for program in manifest["programs"]:
@@ -73,6 +76,7 @@ def inspect_bundle(path: pathlib.Path, command: str) -> Report:
         target = f"a KL to dense of at most {calibration['max_kl_nats']} nats"
         facts.append(("calibrated", f"for {target}; file sha256 {str(calibration['sha256'])[:16]}"))
     facts += [(f"parity {name}", _cell(value)) for name, value in manifest.get("parity", {}).items()]
+    facts += [(f"int8 against float32 {name}", value) for name, value in manifest.get("quantization", {}).items()]
     return dataclasses.replace(report, facts=tuple(facts), tables=tuple(tables))
 
 
@@ -83,17 +87,6 @@ def _text_facts(manifest: dict[str, Any]) -> list[tuple[str, Cell]]:
         ("context", f"{context['max_context']:,} tokens, at most {context['prefill_slice']:,} a call"),
         ("vocabulary", manifest["tokens"]["vocab_size"]),
         ("layers", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
-    ]
-
-
-def _video_facts(manifest: dict[str, Any]) -> list[tuple[str, Cell]]:
-    video = manifest["video"]
-    latent = " x ".join(str(video["latent"][name]) for name in ("channels", "frames", "height", "width"))
-    return [
-        ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
-        ("latent", latent),
-        ("prompt", f"at most {manifest['tokens']['max_prompt_tokens']} tokens"),
-        ("chains", ", ".join(f"{name} of {len(programs)}" for name, programs in manifest["chains"].items())),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Generate text or a clip with a bundle, on this machine or, text, on a device.
+"""Generate text or a clip with a bundle, on this machine or on a device.
 
 examples
   edgerun run text.edgerun --prompt "def main():"
@@ -6,6 +6,7 @@ examples
   edgerun run text.edgerun --prompt "Hello" --device emulated-arm64
   edgerun run text.edgerun --prompt "Hello" --temperature 0.8 --top-p 0.95 --seed 7 --stream
   edgerun run clip.edgerun --prompt "a red circle moves left" -o clip.mp4 --memory-limit 1GB --seed 7
+  edgerun run clip.edgerun --prompt "a red circle moves left" -o clip.gif --device ssh:raspberrypi.local
 """
 
 from __future__ import annotations

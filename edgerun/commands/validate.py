@@ -1,11 +1,14 @@
 """Check that a bundle computes what its model computes: golden cases, on this machine or on a device.
 
-Every golden case holds a prompt, forced tokens and the model's own logits. The device feeds the same tokens; its logits
-are held against the tolerance table (edgerun/compare.py). Exit status 1 when a gate fails.
+Every golden case of a text bundle holds a prompt, forced tokens and the model's own logits; the device feeds the same
+tokens. That of a video bundle holds a prompt, noise, and the latents and frames that the model's modules make of them
+in one or two steps. What the device gives is held against the tolerance table (edgerun/compare.py). Exit status 1 when
+a gate fails.
 
 examples
   edgerun validate text.edgerun
   edgerun validate text.edgerun --device emulated-arm64
+  edgerun validate clip.edgerun --memory-limit 1GB
   edgerun validate text.edgerun --device ssh:raspberrypi.local --html report.html
 """
 
@@ -15,8 +18,19 @@ import argparse
 import dataclasses
 import pathlib
 
-from edgerun.commands.common import Clock, Tools, add_output_options, begin_report, describe_facts, emit, positive
+from edgerun.commands.common import (
+    Clock,
+    Tools,
+    add_output_options,
+    begin_report,
+    byte_size,
+    describe_facts,
+    emit,
+    positive,
+)
 from edgerun.commands.measure import force_on
+from edgerun.commands.video_validate import validate_video_bundle
+from edgerun.errors import EdgerunError
 from edgerun.report import Cell, Check, Column, Report, Table
 
 SUMMARY = "does a bundle compute what its model computes?"
@@ -42,19 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="host", metavar="D", help="host, emulated-arm64 or ssh:HOST[:PORT]; default: %(default)s"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: one per performance core")
+    parser.add_argument(
+        "--memory-limit", type=byte_size, metavar="SIZE", help="for all of the process in RAM, as 1GB (video)"
+    )
     add_output_options(parser)
 
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun validate`."""
-    report = validate_bundle(arguments.bundle, arguments.device, threads=arguments.threads, command=tools.command)
+    from edgerun.bundle import kind_of
+
+    limit = arguments.memory_limit
+    common = {"threads": arguments.threads, "command": tools.command}
+    if kind_of(arguments.bundle) == "video":
+        report = validate_video_bundle(arguments.bundle, arguments.device, memory_limit_bytes=limit, **common)
+    elif limit is not None:
+        raise EdgerunError(f"{arguments.bundle} writes text: --memory-limit is for video bundles")
+    else:
+        report = validate_bundle(arguments.bundle, arguments.device, **common)
     return emit(report, arguments)
 
 
 def validate_bundle(
     path: pathlib.Path, device_name: str = "host", *, threads: int | None = None, command: str = ""
 ) -> Report:
-    """Run every golden case of a bundle on a device and gate its logits.
+    """Run every golden case of a text bundle on a device and gate its logits.
 
     Raises BundleError for a damaged bundle or one without golden cases, DeviceError when the device cannot run it.
     """

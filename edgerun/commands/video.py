@@ -20,6 +20,9 @@ from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS
 from edgerun.video_recipe import VideoRecipe
 
 if TYPE_CHECKING:
+    from edgerun.bundle import Bundle
+    from edgerun.devices import VideoRunRequest
+    from edgerun.models.text_encoder import PromptTokenizer
     from edgerun.sessions.video import Clip, Leap, Progress
 
 _STATE = "state"
@@ -41,7 +44,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     video.add_argument("--width", type=positive, metavar="PIXELS")
     video.add_argument("--steps", type=positive, metavar="N", help="of the sampler")
     video.add_argument("--guidance", type=finite, metavar="G", help="how strongly the prompt leads")
-    _add_technique_options(video)
+    add_technique_options(video)
     video.add_argument(
         "--tdtm-parts",
         metavar="LIST",
@@ -56,7 +59,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_technique_options(group: argparse._ArgumentGroup) -> None:
+def add_technique_options(group: argparse._ArgumentGroup) -> None:
+    """--lpl and --tdtm."""
     group.add_argument(
         "--lpl",
         metavar="RULE",
@@ -73,6 +77,8 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
     blocks = arguments.blocks or depth
     if blocks > depth:
         raise ExportError(f"--blocks is {blocks}; the denoiser has {depth} pairs of blocks: give at most that")
+    if arguments.quantize == "8da4w":
+        raise ExportError("--quantize 8da4w is for text models; a video model's weights can be int8")
     if arguments.tdtm is None and arguments.tdtm_parts != ",".join(PAPER_PARTS):
         raise ExportError("--tdtm-parts is given without --tdtm STEPS: pass both, or neither")
     return VideoRecipe(
@@ -87,6 +93,7 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
         merge_parts=tuple(part.strip() for part in arguments.tdtm_parts.split(",")),
         merge_possible=arguments.tdtm is not None,
         pairs_per_program=-(-depth // blocks),
+        quantize=arguments.quantize,
     )
 
 
@@ -126,12 +133,15 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
         ("size", f"{sum(entry['bytes'] for entry in files.values()) / 2**20:.1f} MiB"),
         ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
         ("sampler", f"{video['steps']} steps, guidance {video['guidance']:g}"),
-        ("techniques", f"LPL {_leap_text(video['leap'])}, {_merge_text(video)}"),
+        ("techniques", f"LPL {leap_text(video['leap'])}, {merge_text(video)}"),
+        ("weights", _weights_text(recipe)),
     )
     sizes = {program["name"]: files[program["file"]]["bytes"] for program in manifest["programs"]}
+    found = manifest.get("quantization", {})
     rows = tuple(
         (chain, len(names), sum(sizes[name] for name in names) / 2**20, max(sizes[name] for name in names) / 2**20,
-         max(manifest["parity"][name] for name in names))
+         max(manifest["parity"][name] for name in names),
+         max((found[name] for name in names if name in found), default=None))
         for chain, names in manifest["chains"].items()
     )  # fmt: skip
     columns = (
@@ -140,16 +150,23 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
         Column("all", "MiB", 1),
         Column("largest", "MiB", 1),
         Column("worst error", "relative L2", 9),
+        Column("int8 against float32", "relative L2", 4),
     )
     table = Table("Programs, each held against its module", columns, rows)
     return emit(dataclasses.replace(report, facts=facts, tables=(table,)), arguments)
 
 
-def _leap_text(leap: dict[str, Any]) -> str:
+def leap_text(leap: dict[str, Any]) -> str:
+    """A manifest's leap in words."""
     return f"after {leap['evaluations']}" if leap["kind"] == "fixed" else str(leap["kind"])
 
 
-def _merge_text(video: dict[str, Any]) -> str:
+def _weights_text(recipe: VideoRecipe) -> str:
+    return "float32" if recipe.quantize == "none" else "int8 in text encoder and denoiser, float32 in the decoder"
+
+
+def merge_text(video: dict[str, Any]) -> str:
+    """A manifest's merging in words."""
     return f"TDTM in {video['merge']['steps']} steps" if "merge" in video else "no TDTM"
 
 
@@ -163,35 +180,43 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=pathlib.Path, metavar="CLIP", help="the file to write: .mp4, .gif or .png"
     )
     video.add_argument("--guidance", type=finite, metavar="G", help="instead of the bundle's")
-    _add_technique_options(video)
+    add_technique_options(video)
     video.add_argument(
         "--prefetch", type=not_negative, default=1, metavar="N", help="programs to load ahead; default: %(default)s"
     )
     video.add_argument(
-        "--state", type=pathlib.Path, metavar="FILE", help="where a run that is stopped saves itself, and goes on from"
+        "--state",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="where a run on the host that is stopped saves itself, and goes on from",
     )
 
 
 def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_bytes: int | None) -> int:
     """`edgerun run` of a video bundle."""
     from edgerun.bundle import Bundle
-    from edgerun.models.text_encoder import PromptTokenizer
-    from edgerun.sessions.video import VideoSession
+    from edgerun.devices import VideoRunRequest, open_device
     from edgerun.video_file import check_path, write_clip
 
     if arguments.output is None:
         raise EdgerunError(f"{arguments.bundle} makes a clip: pass -o CLIP.mp4 (or .gif, or .png)")
-    if arguments.device != "host":
-        raise EdgerunError(f"--device {arguments.device}: video bundles run on the host so far; leave --device out")
     if given := _text_options(arguments):
         raise EdgerunError(f"{given[0]} is for text; {arguments.bundle} is a video bundle: leave it out")
     check_path(arguments.output)
+    device = open_device(arguments.device)
+    _check_state_path(arguments)
     bundle = Bundle.open(arguments.bundle, kind="video")
-    tokenizer = PromptTokenizer.load(bundle.path / "tokenizer", int(bundle.manifest["tokens"]["max_prompt_tokens"]))
-    tokens = tokenizer.encode(prompt)[0].tolist()
-    leap = None if arguments.lpl is None else parse_leap(arguments.lpl)
-    if arguments.state is not None and not arguments.state.absolute().parent.is_dir():
-        raise EdgerunError(f"--{_STATE} {arguments.state}: its folder does not exist; create it first")
+    tokenizer = prompt_tokenizer(bundle)
+    request = VideoRunRequest(
+        tokens=prompt_tokens(tokenizer, prompt),
+        seed=arguments.seed,
+        guidance=arguments.guidance,
+        leap=None if arguments.lpl is None else parse_leap(arguments.lpl),
+        merge_steps=arguments.tdtm,
+        memory_limit_bytes=memory_limit_bytes,
+        prefetch=arguments.prefetch,
+        threads=arguments.threads,
+    )
     run_facts = {
         "build": bundle.build,
         "prompt": prompt,
@@ -199,36 +224,19 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
     }
     if unknown := tokenizer.unknown_words(prompt):
         print(f"note: the model does not know {', '.join(map(repr, unknown))}", file=sys.stderr)
-    state = _saved_state(arguments.state, run_facts)
-    session = VideoSession(
-        arguments.bundle,
-        threads=arguments.threads,
-        verify=False,  # just done
-        prefetch=arguments.prefetch,
-        memory_limit_bytes=memory_limit_bytes,
-    )
-    begin = time.monotonic()
+    saved = _saved_state(arguments.state, run_facts)
+    begin, state = time.monotonic(), b""
     with _step_bar() as on_progress:
-        try:
-            clip = session.generate(
-                tokens,
-                seed=arguments.seed,
-                guidance=arguments.guidance,
-                leap=leap,
-                merge_steps=arguments.tdtm,
-                state=state,
-                on_progress=on_progress,
-            )
-        except KeyboardInterrupt:
-            if arguments.state is not None and session.state:
-                _save_state(arguments.state, run_facts, session.state)
-                print(f"edgerun run: stopped; the same command goes on from {arguments.state}", file=sys.stderr)
-            raise
+        request = dataclasses.replace(request, on_progress=on_progress)
+        if device.name == "host":
+            clip, state = _run_here(bundle, request, saved, arguments.state, run_facts)
+        else:
+            clip = device.run(bundle.path, request).clip
     try:
-        write_clip(clip.frames, session.fps, arguments.output)
+        write_clip(clip.frames, float(bundle.manifest["video"]["fps"]), arguments.output)
     except OSError:
         if arguments.state is not None:
-            _save_state(arguments.state, run_facts, session.state)
+            _save_state(arguments.state, run_facts, state)
             print(f"edgerun run: the run is kept in {arguments.state}", file=sys.stderr)
         raise
     if arguments.state is not None:
@@ -239,10 +247,66 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
         print(_summary(clip, seconds), file=sys.stderr)
         return GOOD
     report = begin_report("run", f"edgerun run: {arguments.bundle}", tools.command)
-    return emit(
-        dataclasses.replace(report, facts=(("clip", str(arguments.output)),), tables=(_table(clip, seconds),)),
-        arguments,
+    facts = (("clip", str(arguments.output)), ("device", device.name))
+    return emit(dataclasses.replace(report, facts=facts, tables=(_table(clip, seconds),)), arguments)
+
+
+def _run_here(
+    bundle: Bundle,
+    request: VideoRunRequest,
+    saved: bytes | None,
+    state_path: pathlib.Path | None,
+    run_facts: dict[str, Any],
+) -> tuple[Clip, bytes]:
+    """The clip, and the state after it, made in this process; one that Ctrl-C ends is saved at `state_path`."""
+    from edgerun.sessions.video import VideoSession
+
+    session = VideoSession(
+        bundle.path,
+        threads=request.threads,
+        verify=False,  # just done
+        prefetch=request.prefetch,
+        memory_limit_bytes=request.memory_limit_bytes,
     )
+    try:
+        clip = session.generate(
+            request.tokens,
+            seed=request.seed,
+            guidance=request.guidance,
+            leap=request.leap,
+            merge_steps=request.merge_steps,
+            state=saved,
+            on_progress=request.on_progress,
+        )
+    except KeyboardInterrupt:
+        if state_path is not None and session.state:
+            _save_state(state_path, run_facts, session.state)
+            print(f"edgerun run: stopped; the same command goes on from {state_path}", file=sys.stderr)
+        raise
+    return clip, session.state if state_path is not None else b""
+
+
+def _check_state_path(arguments: argparse.Namespace) -> None:
+    if arguments.state is None:
+        return
+    if arguments.device != "host":
+        raise EdgerunError(f"--{_STATE} keeps runs of the host; with --device {arguments.device} leave it out")
+    if not arguments.state.absolute().parent.is_dir():
+        raise EdgerunError(f"--{_STATE} {arguments.state}: its folder does not exist; create it first")
+
+
+def prompt_tokenizer(bundle: Bundle) -> PromptTokenizer:
+    """A video bundle's tokenizer with its limit. Raises CheckpointError when it is damaged."""
+    from edgerun.models.text_encoder import PromptTokenizer
+
+    return PromptTokenizer.load(bundle.path / "tokenizer", int(bundle.manifest["tokens"]["max_prompt_tokens"]))
+
+
+def prompt_tokens(tokenizer: PromptTokenizer, prompt: str) -> tuple[int, ...]:
+    """The tokens of a prompt. Raises EdgerunError for one that is empty, or over the limit."""
+    if not prompt.strip():
+        raise EdgerunError("the prompt is empty: say what the clip shows")
+    return tuple(tokenizer.encode(prompt)[0].tolist())
 
 
 def _text_options(arguments: argparse.Namespace) -> list[str]:

@@ -7,10 +7,21 @@ import dataclasses
 from edgerun.devices.emulated_arm64 import EmulatedArm64Device
 from edgerun.devices.host import HostDevice
 from edgerun.devices.linux_ssh import LinuxSshDevice
-from edgerun.devices.runner import Device, RunReport, RunRequest
+from edgerun.devices.runner import Device
+from edgerun.devices.text_run import RunReport, RunRequest
+from edgerun.devices.video_run import VideoRunReport, VideoRunRequest
 from edgerun.errors import DeviceError
 
-__all__ = ["Device", "DeviceState", "RunReport", "RunRequest", "list_devices", "open_device"]
+__all__ = [
+    "Device",
+    "DeviceState",
+    "RunReport",
+    "RunRequest",
+    "VideoRunReport",
+    "VideoRunRequest",
+    "list_devices",
+    "open_device",
+]
 
 LOCAL_DEVICES = ("host", "emulated-arm64")
 _SSH = "ssh:"

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 
-from edgerun.devices.runner import RunReport, RunRequest, describe_locally, run_locally
+from edgerun.devices.runner import Report, Request, describe_locally, run_locally
 from edgerun.errors import DeviceError
 
 FOLDER_VARIABLE = "EDGERUN_ARM64_DIR"
@@ -30,7 +30,7 @@ class EmulatedArm64Device:
         facts = describe_locally(self._command(), self.name)
         return {**facts, "cpu": f"qemu {self.cpu or 'max'} on {facts['cpu'] or 'this machine'}"}
 
-    def run(self, bundle: pathlib.Path, request: RunRequest) -> RunReport:
+    def run(self, bundle: pathlib.Path, request: Request[Report]) -> Report:
         """Run `request` in the emulator. Raises DeviceError."""
         return run_locally(self._command(), pathlib.Path(bundle), request, self.name)
 

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 
 from edgerun._library import runner_path
-from edgerun.devices.runner import RunReport, RunRequest, describe_locally, run_locally
+from edgerun.devices.runner import Report, Request, describe_locally, run_locally
 from edgerun.errors import DeviceError, EdgerunError
 
 
@@ -20,7 +20,7 @@ class HostDevice:
         """What this machine is. Raises DeviceError when the runner is not built."""
         return describe_locally([self._runner()], self.name)
 
-    def run(self, bundle: pathlib.Path, request: RunRequest) -> RunReport:
+    def run(self, bundle: pathlib.Path, request: Request[Report]) -> Report:
         """Run `request` in a child process. Raises DeviceError."""
         return run_locally([self._runner()], pathlib.Path(bundle), request, self.name)
 

@@ -2,11 +2,13 @@
 
 On the board everything lies below ${XDG_CACHE_HOME:-$HOME/.cache}/edgerun, in folders named by the sha256 of what they
 hold; a folder gets its name when it is complete. The board needs Linux on arm64 or x86-64, sh, tar and libstdc++.
+A run lives as long as its connection: when that ends, as by Ctrl-C here, the board ends the runner.
 Host keys are ssh's own business (known_hosts); nothing here asks for a password.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -26,7 +28,7 @@ from edgerun._library import executorch_library_folder, op_library_path, runner_
 from edgerun.bundle import MANIFEST, sha256_of
 from edgerun.devices import runner
 from edgerun.devices.emulated_arm64 import arm64_folder, arm64_runner
-from edgerun.devices.runner import RunReport, RunRequest
+from edgerun.devices.runner import Report, Request
 from edgerun.errors import BundleError, DeviceError
 
 CONFIG_VARIABLE = "EDGERUN_SSH_CONFIG"  # an ssh_config file instead of the user's own
@@ -63,14 +65,21 @@ tar -xf - -C "$work"
 test -f "$work/{_COMPLETE}"
 test -d {_CACHE}/NAME || mv "$work" {_CACHE}/NAME
 """
+# What comes in is BYTES of files; then the input stays open, and its end says that nobody waits any more.
 _RUN_SCRIPT = """set -e
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 cd "$work"
 mkdir in out
-tar -xf - -C in
-COMMAND
+head -c BYTES | tar -xf - -C in
+exec 3<&0
+COMMAND </dev/null 3<&- &
+runner=$!
+{ cat <&3 >/dev/null; kill $runner; } >/dev/null 2>&1 &
+watcher=$!
+wait $runner || { status=$?; exec 2>/dev/null; kill $watcher; exit $status; }
+kill $watcher
 tar -cf - -C out .
 """
 
@@ -109,21 +118,23 @@ class LinuxSshDevice:
         command = f"{self._install_runtime(self._probe())}/edgerun/bin/edgerun-runner --describe"
         return runner.parse_description(self._shell(command, timeout_s=COMMAND_TIMEOUT_S).decode(), self.name)
 
-    def run(self, bundle: pathlib.Path, request: RunRequest) -> RunReport:
+    def run(self, bundle: pathlib.Path, request: Request[Report]) -> Report:
         """Run `request` on the board; copies there what it lacks. Raises DeviceError, or BundleError for no bundle."""
         state = self._probe()
         remote_bundle = self._install_bundle(state, pathlib.Path(bundle))
-        options = shlex.join(runner.arguments(request, "", "in", "out")[1:])
+        options = shlex.join(request.arguments("in", "out"))
         command = f"{self._install_runtime(state)}/edgerun/bin/edgerun-runner {remote_bundle} {options}"
         with tempfile.TemporaryDirectory(prefix="edgerun-ssh-") as temporary:
             folder = pathlib.Path(temporary)
             (folder / "in").mkdir()
-            runner.write_request(folder / "in", request)
-            files = [(file, file.name) for file in sorted((folder / "in").iterdir())]
-            answer = self._shell(_RUN_SCRIPT.replace("COMMAND", command), lambda stream: _write_tar(stream, files))
+            request.write(folder / "in")
+            given = io.BytesIO()
+            _write_tar(given, [(file, file.name) for file in sorted((folder / "in").iterdir())])
+            script = _RUN_SCRIPT.replace("BYTES", str(len(given.getvalue()))).replace("COMMAND", command)
+            answer = self._shell(script, lambda stream: stream.write(given.getvalue()), hear=request.hear)
             with tarfile.open(fileobj=io.BytesIO(answer)) as archive:
                 archive.extractall(folder / "out", filter="data")
-            return runner.read_report(folder / "out", request, self.name)
+            return request.read(folder / "out", self.name)
 
     def _install_runtime(self, state: _BoardState) -> str:
         files = _runtime_files(state.machine, self.name)
@@ -159,23 +170,39 @@ class LinuxSshDevice:
         return [*command, "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4", "--", self.host]
 
     def _shell(
-        self, script: str, send: Callable[[IO[bytes]], None] | None = None, timeout_s: float | None = None
+        self,
+        script: str,
+        send: Callable[[IO[bytes]], object] | None = None,
+        timeout_s: float | None = None,
+        hear: Callable[[str], bool] | None = None,
     ) -> bytes:
-        """Standard output of a shell script on the board, which reads what `send` writes. Raises DeviceError."""
+        """Standard output of a shell script on the board, which reads what `send` writes. Raises DeviceError.
+
+        hear: gets the lines of the script's standard error, as Request's; the script's input then stays open.
+        """
         command = [*self._command(), f"sh -c {shlex.quote(script)}"]
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=errors)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=errors if hear is None else subprocess.PIPE
+            )
+            assert process.stdin is not None
             try:
-                _feed(process, send)
-                process.wait(timeout_s)
+                with contextlib.suppress(BrokenPipeError):  # one that ends early says on its standard error why
+                    if send is not None:
+                        send(process.stdin)
+                    process.stdin.flush()
+                if hear is None:
+                    _close(process.stdin)
+                    process.wait(timeout_s)
+                    errors.seek(0)
+                    error_text = errors.read().decode(errors="replace")
+                else:
+                    error_text = runner.listen(process, hear)
             except subprocess.TimeoutExpired:
                 raise DeviceError(f"{self.name} did not answer within {timeout_s:.0f} s: is it overloaded?") from None
             finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-            errors.seek(0)
-            error_text = errors.read().decode(errors="replace")
+                _close(process.stdin)
+                runner.stop(process)
             if process.returncode == _SSH_FAILED:
                 raise DeviceError(_ssh_failure(self.name, error_text))
             if process.returncode != 0:
@@ -184,15 +211,9 @@ class LinuxSshDevice:
             return output.read()
 
 
-def _feed(process: subprocess.Popen[bytes], send: Callable[[IO[bytes]], None] | None) -> None:
-    """Write to the process and close; one that ends early says on its standard error why."""
-    assert process.stdin is not None
-    try:
-        if send is not None:
-            send(process.stdin)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass
+def _close(stream: IO[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
 
 
 def _write_tar(stream: IO[bytes], files: _Files) -> None:

@@ -1,57 +1,44 @@
 """One run of edgerun-runner: what is asked of it, what it says, and how both cross to wherever it runs.
 
-A request becomes a folder of token files and a command line; a report comes back as JSON and raw logits. Where the
-command runs is the device's part (host.py, emulated_arm64.py, linux_ssh.py).
+A request becomes a folder of files and a command line; what it gives comes back as a folder of files (text_run.py and
+video_run.py say which). Where the command runs is the device's part (host.py, emulated_arm64.py, linux_ssh.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from edgerun.errors import DeviceError
 
 PROMPT_FILE = "prompt.txt"
-FORCED_FILE = "forced.txt"
 REPORT_FILE = "report.json"
-LOGITS_FILE = "logits.f32"
 REPORT_SCHEMA_VERSION = 1
 DESCRIBE_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+
+Report = TypeVar("Report")
+ReportGiven = TypeVar("ReportGiven", covariant=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRequest:
-    """What to run: a prompt, and either tokens to sample after it or tokens to force."""
+class Request(Protocol[ReportGiven]):
+    """What to run, for a bundle of one kind."""
 
-    prompt: tuple[int, ...]  # token ids
-    max_new_tokens: int = 128  # 0: only read the prompt
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0  # 1: all
-    seed: int = 0
-    stop_ids: tuple[int, ...] | None = None  # None: the bundle's end tokens; (): none
-    forced: tuple[int, ...] | None = None  # fed in turn; the report then has the logits before and after each
-    threads: int | None = None  # None: as many as the processor has good cores
+    def write(self, folder: pathlib.Path) -> None:
+        """Write the files that `arguments` names."""
 
+    def arguments(self, requests: str, results: str) -> list[str]:
+        """The runner's arguments after the bundle. requests, results: the two folders as the device sees them."""
 
-@dataclasses.dataclass(frozen=True)
-class RunReport:
-    """What a run gave."""
+    def read(self, folder: pathlib.Path, device: str) -> ReportGiven:
+        """What a run left in `folder`. Raises DeviceError when it is not what was asked for."""
 
-    values: dict[str, Any]  # the runner's JSON report
-    logits: np.ndarray | None  # float32 [forced + 1, vocab] when tokens were forced
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens generated, or forced."""
-        return list(self.values["tokens"])
+    def hear(self, line: str) -> bool:
+        """Take a line of the runner's standard error if it tells how the run gets on; False: it is something else."""
 
 
 class Device(Protocol):
@@ -64,33 +51,15 @@ class Device(Protocol):
     def describe(self) -> dict[str, object]:
         """System, machine, cpu, features and threads. Raises DeviceError when a bundle cannot run there now."""
 
-    def run(self, bundle: pathlib.Path, request: RunRequest) -> RunReport:
-        """Run `request`. Raises DeviceError with the runner's own line when it fails."""
+    def run(self, bundle: pathlib.Path, request: Request[Report]) -> Report:
+        """Run `request`; what it raises, Ctrl-C too, ends the run on the device.
+
+        Raises DeviceError with the runner's own line when it fails.
+        """
 
 
-def write_request(folder: pathlib.Path, request: RunRequest) -> None:
-    """Write the token files that `arguments` names."""
-    (folder / PROMPT_FILE).write_text(" ".join(map(str, request.prompt)))
-    if request.forced is not None:
-        (folder / FORCED_FILE).write_text(" ".join(map(str, request.forced)))
-
-
-def arguments(request: RunRequest, bundle: str, requests: str, results: str) -> list[str]:
-    """The runner's arguments: paths as the device sees them, `requests` and `results` being folders."""
-    given = [bundle, "--tokens-file", f"{requests}/{PROMPT_FILE}", "--report", f"{results}/{REPORT_FILE}"]
-    given += ["--max-new-tokens", str(request.max_new_tokens), "--temperature", repr(request.temperature)]
-    given += ["--top-k", str(request.top_k), "--top-p", repr(request.top_p), "--seed", str(request.seed)]
-    if request.threads is not None:
-        given += ["--threads", str(request.threads)]
-    if request.stop_ids is not None:
-        given += ["--stop", ",".join(map(str, request.stop_ids))]
-    if request.forced is not None:
-        given += ["--force-file", f"{requests}/{FORCED_FILE}", "--logits-out", f"{results}/{LOGITS_FILE}"]
-    return given
-
-
-def read_report(folder: pathlib.Path, request: RunRequest, device: str) -> RunReport:
-    """The report and logits that a run left in `folder`. Raises DeviceError when they are not what was asked for."""
+def read_json(folder: pathlib.Path, device: str) -> dict[str, Any]:
+    """The runner's JSON report. Raises DeviceError when there is none that this edgerun reads."""
     try:
         values = json.loads((folder / REPORT_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -101,22 +70,53 @@ def read_report(folder: pathlib.Path, request: RunRequest, device: str) -> RunRe
             f"{device} gave a report of schema version {version}; this edgerun reads {REPORT_SCHEMA_VERSION}: "
             "give both the same version of edgerun"
         )
-    if request.forced is None:
-        return RunReport(values, None)
-    rows = len(request.forced) + 1
-    raw = np.fromfile(folder / LOGITS_FILE, dtype="<f4")
-    if raw.size == 0 or raw.size % rows:
-        raise DeviceError(f"{device} gave {raw.size} logits for {rows} positions: run it again")
-    return RunReport(values, raw.reshape(rows, -1))
+    found: dict[str, Any] = values
+    return found
 
 
-def run_locally(command: Sequence[str], bundle: pathlib.Path, request: RunRequest, device: str) -> RunReport:
+def run_locally(command: Sequence[str], bundle: pathlib.Path, request: Request[Report], device: str) -> Report:
     """Run a runner that this machine can start, in a process of its own. Raises DeviceError."""
     with tempfile.TemporaryDirectory(prefix="edgerun-run-") as temporary:
         folder = pathlib.Path(temporary)
-        write_request(folder, request)
-        run_command([*command, *arguments(request, str(bundle), temporary, temporary)], device)
-        return read_report(folder, request, device)
+        request.write(folder)
+        whole = [*command, str(bundle), *request.arguments(temporary, temporary)]
+        try:
+            process = subprocess.Popen(
+                whole, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise DeviceError(f"{device}: {whole[0]} does not start ({error}): build it again") from None
+        try:
+            said = listen(process, request.hear)
+        finally:
+            stop(process)
+        if process.returncode != 0:
+            raise DeviceError(failure(device, process.returncode, said))
+        return request.read(folder, device)
+
+
+def listen(process: subprocess.Popen[bytes], hear: Callable[[str], bool]) -> str:
+    """Wait for the end of a process; what its standard error, a pipe, says but for the lines that `hear` takes."""
+    assert process.stderr is not None
+    kept = [line for raw in process.stderr if not hear(line := raw.decode(errors="replace"))]
+    process.wait()
+    return "".join(kept)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs: it is asked first, so that it can remove what it began. Closes its pipe."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def describe_locally(command: Sequence[str], device: str) -> dict[str, object]:
@@ -133,7 +133,7 @@ def parse_description(text: str, device: str) -> dict[str, object]:
         raise DeviceError(f"{device}: its runner cannot say what the machine is ({error}): build it again") from None
 
 
-def run_command(command: Sequence[str], device: str, timeout_s: float | None = None) -> str:
+def run_command(command: Sequence[str], device: str, timeout_s: float) -> str:
     """Standard output of a command. Raises DeviceError with the last line of its standard error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)

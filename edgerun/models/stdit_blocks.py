@@ -49,6 +49,7 @@ class DenoiserBlock:
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    precise: tuple[str, ...] = ()  # submodules that stay in float32 where others are quantised
 
 
 def denoiser_blocks(
@@ -89,6 +90,7 @@ def denoiser_blocks(
         _Head(model, latent, pixels).eval(),
         ("x", "time", "fps", "y"),
         ("hidden", "t", "modulation", "caption"),
+        precise=("time", "fps"),  # small, and every block depends on them
     )
     emptied(parts)
     depth = model.config.depth
@@ -101,7 +103,7 @@ def denoiser_blocks(
         yield DenoiserBlock(f"pairs_{first}", module.eval(), ("hidden", "modulation", "caption", *merged), ("hidden",))
         del module
     parts = filled("final_layer")
-    yield DenoiserBlock("tail", _Tail(model, latent).eval(), ("hidden", "t"), ("v",))
+    yield DenoiserBlock("tail", _Tail(model, latent).eval(), ("hidden", "t"), ("v",), precise=("linear",))  # small
     emptied(parts)
 
 

@@ -2,7 +2,7 @@
 
 transformers computes it as a whole, for training and as the truth. For a device the same weights are cut into pieces
 that can be programs of their own: the embedding with the position bias that every layer shares, each layer, the last
-norm. A prompt is never padded, so nothing needs a mask.
+norm. Their tensors can be read piece by piece. A prompt is never padded, so nothing needs a mask.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from torch import nn
 
 from edgerun.errors import CheckpointError, EdgerunError
 from edgerun.models.rms_norm import RmsNorm
+from edgerun.models.token_table import TokenTable
+from edgerun.ops import embedding_lookup  # noqa: F401  (registers the op)
+from edgerun.tensor_files import TensorFiles, read_json
 
 MAX_TOKENS = 300  # of a prompt, its end mark included; what Open-Sora v1.2 was trained with
+_TABLE, _OTHER_TABLE = "shared.weight", "encoder.embed_tokens.weight"  # one tensor, by its two names
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # tokens 0, 1 and 2 in T5
 
 
@@ -148,6 +152,38 @@ def load_text_encoder(
     return encoder.eval().requires_grad_(False)
 
 
+def outline_text_encoder(folder: pathlib.Path) -> tuple[Any, TensorFiles]:
+    """The encoder of a Hugging Face folder (config.json, safetensors) on the meta device, and where its tensors are.
+
+    The table may be stored as shared.weight or as encoder.embed_tokens.weight; it is under the first name in what is
+    returned. Raises CheckpointError when something is missing, damaged, or of another architecture.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type")
+    if kind != "t5":
+        raise CheckpointError(f"the text encoder in {folder} is a {kind}; edgerun takes T5 v1.1")
+    try:
+        config = T5Config.from_dict(values)
+        with torch.device("meta"):
+            model = T5EncoderModel(config)
+    except Exception as error:  # huggingface_hub's strict dataclasses raise kinds of their own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a T5 encoder ({reason})") from None
+    _check_version(config)
+    weights = TensorFiles.open(folder)
+    if all(name in weights.entries for name in (_TABLE, _OTHER_TABLE)) and not weights.same_bytes(_TABLE, _OTHER_TABLE):
+        raise CheckpointError(
+            f"{folder} holds {_TABLE} and {_OTHER_TABLE} with different values; T5 has one table: fetch it again"
+        )
+    if _TABLE not in weights.entries and _OTHER_TABLE in weights.entries:
+        weights = TensorFiles(folder, {**weights.entries, _TABLE: weights.entries[_OTHER_TABLE]})
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    weights.check({name: shape for name, shape in shapes.items() if name != _OTHER_TABLE})
+    return model.eval().requires_grad_(False), weights
+
+
 def _check_version(config: Any) -> None:
     if config.model_type != "t5" or not config.is_gated_act or config.dense_act_fn != "gelu_new":
         raise CheckpointError(
@@ -170,20 +206,33 @@ class EncoderBlock:
     checkpoint_names: Mapping[str, str]  # a checkpoint's name for each tensor in module.state_dict()
 
 
-def encoder_blocks(model: Any, max_tokens: int = MAX_TOKENS) -> Iterator[EncoderBlock]:
+def encoder_blocks(
+    model: Any, max_tokens: int = MAX_TOKENS, weights: TensorFiles | None = None
+) -> Iterator[EncoderBlock]:
     """The embedding, the layers in order and the last norm, for inference. Their matrices are shared with `model`.
 
-    model: a T5EncoderModel; on the meta device, blocks can be filled (load_state_dict with assign=True) and emptied
-    (.to("meta")) one at a time. max_tokens: the longest prompt.
+    model: a T5EncoderModel. max_tokens: the longest prompt. weights: where the tensors of a model on the meta device
+    come from; each is let go of after its block, so that one block is in memory at a time.
     Raises CheckpointError for a T5 that is not v1.1.
     """
+    for block in _blocks(model, max_tokens):
+        if weights is not None:
+            tensors = {own: weights[name].float() for own, name in block.checkpoint_names.items()}
+            block.module.load_state_dict(tensors, assign=True)
+            del tensors
+        yield block
+        if weights is not None:
+            block.module.to("meta")
+
+
+def _blocks(model: Any, max_tokens: int) -> Iterator[EncoderBlock]:
     _check_version(model.config)
     attention, feed_forward = "layer.0", "layer.1"
     yield EncoderBlock(
         "embedding",
         Embedding(model, max_tokens).eval(),
         {
-            "table.weight": "shared.weight",
+            "table.weight": _TABLE,
             "distance_bias.weight": f"encoder.block.0.{attention}.SelfAttention.relative_attention_bias.weight",
         },
     )
@@ -220,6 +269,14 @@ class Embedding(nn.Module):
         distances = torch.arange(1 - max_tokens, max_tokens, device="cpu")
         counts = (attention.relative_attention_num_buckets, attention.relative_attention_max_distance)
         self.register_buffer("buckets", relative_position_buckets(distances, *counts), persistent=False)
+
+    def quantize(self) -> None:
+        """Keep the table in int8, a scale a row; the float one goes to the meta device."""
+        from edgerun.techniques.weight_quantization import quantize_rows
+
+        table: nn.Module = self.table
+        self.table = TokenTable(*quantize_rows(self.table.weight.detach()), torch.float32, 1.0)
+        table.to("meta")
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens int64 [1, n], n ≤ max_tokens → hidden [1, n, width], bias [heads, n, n] of (query, key)."""

@@ -1,8 +1,8 @@
 """A text-to-video checkpoint: a folder of three models, and how they are sampled.
 
-    FOLDER/  denoiser/      config.json, model.safetensors           STDiT3, as hpcai-tech/OpenSora-STDiT-v3
-             vae/           config.json, model.safetensors           as hpcai-tech/OpenSora-VAE-v1.2
-             text_encoder/  config.json, weights, tokenizer.json     T5 v1.1, encoder
+    FOLDER/  denoiser/      config.json, model.safetensors or shards    STDiT3, as hpcai-tech/OpenSora-STDiT-v3
+             vae/           config.json, model.safetensors              as hpcai-tech/OpenSora-VAE-v1.2
+             text_encoder/  config.json, weights, tokenizer.json        T5 v1.1, encoder
              video.json     frames, height, width, fps, steps, guidance, schedule_base; Open-Sora's where it is missing
 
 Opening reads configurations and headers, never weights.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import pathlib
 from typing import Any
@@ -24,7 +23,8 @@ from edgerun.errors import CheckpointError, EdgerunError
 from edgerun.models.rectified_flow import OFFICIAL_BASE
 from edgerun.models.stdit import Stdit, StditConfig
 from edgerun.models.temporal_vae import VideoAutoencoder, VideoAutoencoderConfig, load_video_autoencoder
-from edgerun.models.text_encoder import MAX_TOKENS, TextEncoder, load_text_encoder
+from edgerun.models.text_encoder import MAX_TOKENS, TextEncoder, load_text_encoder, outline_text_encoder
+from edgerun.tensor_files import TensorFiles, read_json
 
 _HASH_STEP_BYTES = 1 << 23
 PARTS = ("denoiser", "vae", "text_encoder")
@@ -72,18 +72,18 @@ class VideoCheckpoint:
             raise CheckpointError(
                 f"{path} has no folder {missing[0]}/: a video checkpoint has {', '.join(f'{part}/' for part in PARTS)}"
             )
-        for part in ("denoiser", "vae"):
-            if not (path / part / "model.safetensors").is_file():
-                raise CheckpointError(f"{path / part} has no model.safetensors: fetch the checkpoint again")
-        denoiser_values = _read_json(path / "denoiser" / "config.json")
+        TensorFiles.open(path / "denoiser")
+        if not (path / "vae" / "model.safetensors").is_file():
+            raise CheckpointError(f"{path / 'vae'} has no model.safetensors: fetch the checkpoint again")
+        denoiser_values = read_json(path / "denoiser" / "config.json")
         vae = path / "vae" / "config.json"
-        values = _read_json(vae) if vae.is_file() else {}
+        values = read_json(vae) if vae.is_file() else {}
         try:
             denoiser = StditConfig.from_dict(denoiser_values)
             # OpenSora-VAE-v1.2 states none of its sizes: they are the defaults.
             official = values.get("model_type") == "VideoAutoencoderPipeline"
             autoencoder = VideoAutoencoderConfig() if official else VideoAutoencoderConfig.from_json(values)
-            settings = VideoSettings(**(_read_json(path / "video.json") if (path / "video.json").is_file() else {}))
+            settings = VideoSettings(**(read_json(path / "video.json") if (path / "video.json").is_file() else {}))
         except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{path}: a configuration has what edgerun cannot read ({error})") from None
         if autoencoder.latent_channels != denoiser.in_channels:
@@ -109,16 +109,20 @@ class VideoCheckpoint:
                         progress("hash the checkpoint", done / total)
         return digest.hexdigest()
 
-    def denoiser_weights(self) -> TensorFile:
-        """The denoiser's tensors, read one by one."""
-        return TensorFile(self.path / "denoiser" / "model.safetensors")
+    def outline_denoiser(self) -> tuple[Stdit, TensorFiles]:
+        """The denoiser on the meta device, and its tensors.
+
+        Raises CheckpointError when they are not those of its config.json.
+        """
+        with torch.device("meta"):
+            model = Stdit(self.denoiser)
+        weights = TensorFiles.open(self.path / "denoiser")
+        weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
+        return model.eval().requires_grad_(False), weights
 
     def load_denoiser(self) -> Stdit:
         """The whole denoiser in float32. Raises CheckpointError when its tensors are not those of its config.json."""
-        with torch.device("meta"):
-            model = Stdit(self.denoiser)
-        weights = self.denoiser_weights()
-        weights.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
+        model, weights = self.outline_denoiser()
         model.load_state_dict({name: weights[name].float() for name in model.state_dict()}, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -127,56 +131,25 @@ class VideoCheckpoint:
         model = load_video_autoencoder(self.path / "vae" / "model.safetensors", self.autoencoder)
         return model.eval().requires_grad_(False)
 
+    def outline_text_encoder(self) -> tuple[Any, TensorFiles]:
+        """transformers' T5EncoderModel on the meta device, and its tensors. Raises CheckpointError."""
+        model, weights = outline_text_encoder(self.path / "text_encoder")
+        self._check_width(int(model.config.d_model))
+        return model, weights
+
     def load_text_encoder(self, max_tokens: int | None = None) -> TextEncoder:
         """The text encoder in float32. Raises CheckpointError."""
         limit = min(MAX_TOKENS, self.denoiser.model_max_length)
         encoder = load_text_encoder(self.path / "text_encoder", max_tokens or limit)
-        if encoder.width != self.denoiser.caption_channels:
-            raise CheckpointError(
-                f"{self.path}: the text encoder gives {encoder.width} channels, the denoiser takes "
-                f"{self.denoiser.caption_channels}: they are not of one model"
-            )
+        self._check_width(encoder.width)
         return encoder
 
-
-class TensorFile:
-    """A safetensors file whose tensors are read when they are asked for."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        """Raises CheckpointError for a file that is damaged."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._file: Any = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): fetch the checkpoint again") from None
-        self.path = path
-        self._names = frozenset(str(name) for name in self._file.keys())  # type: ignore[no-untyped-call]  # noqa: SIM118
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless the file has every tensor of `shapes`."""
-        for name, shape in shapes.items():
-            if name not in self._names:
-                raise CheckpointError(f"tensor {name!r} is missing from {self.path}: fetch the checkpoint again")
-            found = tuple(self._file.get_slice(name).get_shape())
-            if found != shape:
-                raise CheckpointError(
-                    f"tensor {name!r} of {self.path} has shape {list(found)}, its config.json says {list(shape)}"
-                )
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): fetch the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object: fetch the checkpoint again")
-    return values
+    def _check_width(self, width: int) -> None:
+        if width != self.denoiser.caption_channels:
+            raise CheckpointError(
+                f"{self.path}: the text encoder gives {width} channels, the denoiser takes "
+                f"{self.denoiser.caption_channels}: they are not of one model"
+            )
 
 
 def check_size(checkpoint: VideoCheckpoint, frames: int, height: int, width: int) -> None:

@@ -36,6 +36,11 @@ class Progress:
     time: float  # of the diffusion: 1 is noise, 0 is data
     elapsed_ms: float  # since the run began
 
+    @property
+    def fraction(self) -> float:
+        """Of the denoising, which takes nearly all of a run: 0 before it, 1 after it."""
+        return self.done / self.total if self.stage == "denoise" else float(self.stage == "decode")
+
 
 @dataclasses.dataclass(frozen=True)
 class Leap:
@@ -59,6 +64,12 @@ class Clip:
     evaluations: int  # of the denoiser, both halves of guidance being one (NFE)
     cancelled: bool
     report: dict[str, Any]  # times and bytes, by stage, step, chain and block
+
+
+def check_seed(seed: int) -> None:
+    """Raises EdgerunError for a seed of the noise that is none."""
+    if not 0 <= seed < 2**64:
+        raise EdgerunError(f"seed is {seed}; it must be 0 to 2^64 - 1")
 
 
 class VideoSession:
@@ -111,8 +122,7 @@ class VideoSession:
         seed and noise are not read then. What `on_progress` raises ends the run and is raised here, as Ctrl-C is.
         Raises EdgerunError for a prompt that is empty or too long, and for options out of range.
         """
-        if not 0 <= seed < 2**64:
-            raise EdgerunError(f"seed is {seed}; it must be 0 to 2^64 - 1")
+        check_seed(seed)
         if times is not None and len(times) == 0:
             raise EdgerunError("there are 0 times: give at least one, or None for the bundle's")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Literal
 
@@ -119,6 +119,23 @@ def quantize_linear(linear: nn.Linear, quantize: Literal["int8", "8da4w"]) -> Qu
         weight[rows], scales[rows] = _quantize_block(linear.weight.detach()[rows].float(), group, form)
     bias = None if linear.bias is None else linear.bias.detach()
     return QuantizedLinear(weight, scales, bias, form)
+
+
+def quantize_linears(module: nn.Module, quantize: Literal["int8", "8da4w"], precise: Collection[str] = ()) -> int:
+    """Put the quantised form of every linear layer below `module` in its place, and return how many there were.
+
+    Done one by one: the float weights of each go to the meta device before the next is read. precise: submodules whose
+    layers stay as they are. Raises ExportError as `quantize_linear` does.
+    """
+    linears = [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and not any(f"{name}.".startswith(f"{part}.") for part in precise)
+    ]
+    for name, linear in linears:
+        module.set_submodule(name, quantize_linear(linear, quantize))
+        linear.to("meta")
+    return len(linears)
 
 
 def quantize_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

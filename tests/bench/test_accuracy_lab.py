@@ -143,7 +143,38 @@ def test_boundaries_are_compared_at_like_length_prompt_by_prompt() -> None:
     assert row[2:6] == ("moments-learned", 30.0, "moments-fixed@32", 32.0)
     assert isinstance(row[6], Estimate) and row[6].value == pytest.approx(10.0)
     assert row[7] is None and row[8] == 3
-    assert "moments-learned against moments-fixed@32 +10.00 [10.00, 10.00]" in boundary_verdict(table)
+    said = boundary_verdict(table)
+    assert said.startswith("Learned boundaries beat fixed chunks of the nearest length.")
+    assert "moments-learned against moments-fixed@32 +10.00 [10.00, 10.00]" in said
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verb"),
+    [
+        ([(0.1, 0.3), (-0.1, 0.1)], "beat"),
+        ([(-0.3, -0.1), (-0.1, 0.1)], "lose to"),
+        ([(-0.1, 0.1)], "cannot be told from"),
+        ([(0.1, 0.3), (-0.3, -0.1)], "beat at one threshold and lose at another to"),
+    ],
+)
+def test_the_verdict_on_boundaries_goes_by_intervals(gaps: list[tuple[float, float]], verb: str) -> None:
+    rows = tuple(
+        (
+            8192,
+            529,
+            f"moments-learned@{i}",
+            30.0,
+            "moments-fixed",
+            64.0,
+            Estimate((low + high) / 2, low, high),
+            None,
+            20,
+        )
+        for i, (low, high) in enumerate(gaps)
+    )
+    assert boundary_verdict(dataclasses.replace(boundary_table([]), rows=rows)).startswith(
+        f"Learned boundaries {verb} "
+    )
 
 
 def test_what_another_selector_left_on_record_is_not_shown(lab: plans.Lab) -> None:

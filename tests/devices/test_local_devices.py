@@ -22,21 +22,6 @@ from tests.shared_bundle import changed_bundle
 REQUEST = RunRequest(tuple(np.random.default_rng(0).integers(0, 256, 150).tolist()), 12, stop_ids=(), threads=1)
 
 
-@pytest.fixture(scope="module")
-def arm64() -> emulated_arm64.EmulatedArm64Device:
-    device = open_device("emulated-arm64")
-    assert isinstance(device, emulated_arm64.EmulatedArm64Device)
-    try:
-        device.describe()
-    except DeviceError as error:
-        needed = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
-        missing = [package for program, package in needed.items() if shutil.which(program) is None]
-        if not missing:  # then it is our build that fails
-            raise
-        pytest.skip(f"{error} (not installed: {', '.join(missing)})")
-    return device
-
-
 def test_host_runs_as_the_session_does(bundle: pathlib.Path) -> None:
     report = open_device("host").run(bundle, REQUEST)
     generation = TextSession(bundle).generate(REQUEST.prompt, max_new_tokens=12, stop_ids=[])

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from edgerun import compare
-from edgerun._library import load_op_library
 from edgerun.bundle import Bundle
 from edgerun.errors import BundleError, EdgerunError, ExportError, ParityError
 from edgerun.export import export_video_bundle, video_pipeline
@@ -21,6 +20,7 @@ from edgerun.sessions.video import VideoSession
 from edgerun.techniques.temporal_token_merging import adjacent_groups
 from edgerun.video_recipe import VideoRecipe
 from tests import shared_video_bundle
+from tests.export.programs import run_chain
 from tests.models import tiny_video_checkpoint
 
 RECIPE = shared_video_bundle.RECIPE
@@ -36,24 +36,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return shared_video_bundle.bundle(tmp_path_factory)
 
 
-def run(bundle: Bundle, chain: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-    load_op_library()
-    programs = {program["name"]: program for program in bundle.manifest["programs"]}
-    for name in bundle.manifest["chains"][chain]:
-        program = programs[name]
-        loaded = _load_for_executorch(str(bundle.path / program["file"]))
-        results = loaded.forward([values[one["name"]].contiguous() for one in program["inputs"]])
-        values = values | dict(zip((one["name"] for one in program["outputs"]), results, strict=True))
-    return values
-
-
 @pytest.mark.parametrize("prompt", ["a red circle moves left", "", "red " * 8])
 def test_programs_are_the_model_for_any_prompt(checkpoint: pathlib.Path, bundle: Bundle, prompt: str) -> None:
     source = VideoCheckpoint.open(checkpoint)
     encoder, denoiser, vae = source.load_text_encoder(), source.load_denoiser(), source.load_autoencoder()
-    y = run(bundle, "text_encoder", {"tokens": encoder.tokenizer.encode(prompt)})["y"]
+    y = run_chain(bundle, "text_encoder", {"tokens": encoder.tokenizer.encode(prompt)})["y"]
     assert compare.relative_l2(y.numpy(), encoder.encode(prompt).numpy()) <= compare.tolerance("logits_fp32")
 
     x = torch.randn(1, 4, 7, 6, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1, 1)
@@ -75,14 +62,14 @@ def test_programs_are_the_model_for_any_prompt(checkpoint: pathlib.Path, bundle:
         }
         with torch.no_grad():
             expected = denoiser(x, time, both, fps=fps, pixels=(12, 16), merge=merge)
-        measured = run(bundle, "denoiser", values)["v"]
+        measured = run_chain(bundle, "denoiser", values)["v"]
         assert compare.relative_l2(measured.numpy(), expected.numpy()) <= compare.tolerance("logits_fp32")
 
     with torch.no_grad():
         video = vae.decode(x[:1], 12)[0]
     parts = zip(x[:1].split(3, 2), (5, 5, 2), strict=True)
-    pictures = torch.cat([run(bundle, "time_decoder", {"z": z})["chunk"][-count:] for z, count in parts])
-    frames = [run(bundle, "frame_decoder", {"pictures": part})["frames"] for part in pictures.split(5)]
+    pictures = torch.cat([run_chain(bundle, "time_decoder", {"z": z})["chunk"][-count:] for z, count in parts])
+    frames = [run_chain(bundle, "frame_decoder", {"pictures": part})["frames"] for part in pictures.split(5)]
     assert compare.relative_l2(torch.cat(frames, 1).numpy(), video.numpy()) <= compare.tolerance("logits_fp32")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -21,12 +24,14 @@ from edgerun.models.text_encoder import (
     build_word_tokenizer,
     encoder_blocks,
     load_text_encoder,
+    outline_text_encoder,
     relative_position_buckets,
 )
 from tests.export.programs import portable_calls
 
 WORDS = ("a", "red", "Circle", "moves", "left", ",", "red")
 LONGEST = 40  # tokens
+FILE = "model.safetensors"
 
 
 def config(feed_forward: str = "gated-gelu") -> T5Config:
@@ -164,6 +169,82 @@ def test_a_tensor_that_is_missing(tmp_path: pathlib.Path) -> None:
     deeper.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"'encoder\.block\.3.*is missing"):
         load_text_encoder(tmp_path)
+
+
+def stored(folder: pathlib.Path, dtype: torch.dtype, drop: str = "", **more: torch.Tensor) -> pathlib.Path:
+    """The random model as a file of exactly the tensors of its state, but `drop` and with `more`."""
+    model = random_model()
+    model.config.save_pretrained(folder)
+    tensors = {name: tensor.to(dtype).clone() for name, tensor in model.state_dict().items() if name != drop}
+    save_file(tensors | {name.replace("_weight", ".weight"): tensor for name, tensor in more.items()}, folder / FILE)
+    return folder
+
+
+def filled(folder: pathlib.Path) -> torch.Tensor:
+    """What the blocks of a folder make of a prompt, each filled when it is its turn."""
+    model, weights = outline_text_encoder(folder)
+    hidden, bias = tokens(9), None
+    for block in encoder_blocks(model, LONGEST, weights):
+        tensors = block.module.state_dict().values()
+        assert tensors and all(tensor.dtype == torch.float32 and not tensor.is_meta for tensor in tensors)
+        if block.name == "embedding":
+            hidden, bias = block.module(hidden)
+        else:
+            hidden = block.module(hidden) if block.name == "norm" else block.module(hidden, bias)
+        kept = [name for name, tensor in model.state_dict().items() if not tensor.is_meta]
+        assert len(kept) <= 9  # of this block alone
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    return hidden
+
+
+@pytest.mark.parametrize("drop", ["", "shared.weight", "encoder.embed_tokens.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_are_filled_from_a_file_one_by_one(tmp_path: pathlib.Path, dtype: torch.dtype, drop: str) -> None:
+    model = random_model().to(dtype).float()
+    expected = run(list(encoder_blocks(model, LONGEST)), tokens(9))
+    assert torch.equal(filled(stored(tmp_path, dtype, drop)), expected)
+
+
+def test_blocks_are_filled_from_shards(tmp_path: pathlib.Path) -> None:
+    random_model().save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(filled(tmp_path), run(list(encoder_blocks(random_model(), LONGEST)), tokens(9)))
+
+
+def test_the_tensors_of_a_whole_t5_are_taken(tmp_path: pathlib.Path) -> None:
+    whole = T5ForConditionalGeneration(config()).eval()
+    whole.save_pretrained(tmp_path)
+    expected = whole.get_encoder()(tokens(9)).last_hidden_state.detach()
+    assert compare.relative_l2(filled(tmp_path), expected) <= compare.tolerance("op_against_op_fp32")
+
+
+def change_config(folder: pathlib.Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: stored(folder, torch.float32, "encoder.final_layer_norm.weight"), "is missing"),
+        (lambda folder: stored(folder, torch.float32, shared_weight=torch.zeros(24, 32)), "different values"),
+        (lambda folder: change_config(folder, d_model=40), r"has shape \[.*config.json says"),
+        (lambda folder: change_config(folder, model_type="umt5"), "is a umt5; edgerun takes T5 v1.1"),
+        (lambda folder: change_config(folder, is_gated_act=False), "edgerun takes T5 v1.1"),
+        (lambda folder: change_config(folder, d_ff="wide"), "does not describe a T5 encoder"),
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+        (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-4]), "is truncated"),
+        (lambda folder: (folder / FILE).rename(folder / "pytorch_model.bin"), "reads safetensors only"),
+    ],
+)
+def test_folders_whose_blocks_cannot_be_filled(
+    tmp_path: pathlib.Path, harm: Callable[[pathlib.Path], object], said: str
+) -> None:
+    stored(tmp_path, torch.float32)
+    harm(tmp_path)
+    with pytest.raises(CheckpointError, match=said) as error:
+        outline_text_encoder(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_another_version_of_t5_is_refused() -> None:

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from edgerun.errors import CheckpointError, EdgerunError
 from edgerun.models.text_to_video import VideoCheckpoint, VideoSettings, check_size
@@ -68,7 +69,7 @@ def broken(folder: pathlib.Path, part: str) -> None:
     [
         ("no folder", "is not a folder"),
         ("no part", "no folder vae/"),
-        ("no weights", "no model.safetensors"),
+        ("no weights", "neither model.safetensors nor model.safetensors.index.json"),
         ("not JSON", "cannot be read"),
         ("unknown setting", "speed"),
         ("channels", "not of one model"),
@@ -90,8 +91,25 @@ def test_weights_of_another_size_are_refused(folder: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"has shape \[.*config.json says"):
         VideoCheckpoint.open(folder).load_denoiser()
     (folder / "denoiser" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is truncated"):
         VideoCheckpoint.open(folder).load_denoiser()
+
+
+def test_a_denoiser_in_shards_is_the_same_model(folder: pathlib.Path) -> None:
+    expected = VideoCheckpoint.open(folder).load_denoiser().state_dict()
+    file = folder / "denoiser" / "model.safetensors"
+    names = sorted(expected)
+    shards = {f"model-{i}-of-2.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for shard, kept in shards.items():
+        save_file({name: expected[name].bfloat16().contiguous() for name in kept}, file.with_name(shard))
+    file.unlink()
+    index = {"weight_map": {name: shard for shard, kept in shards.items() for name in kept}}
+    file.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = VideoCheckpoint.open(folder).load_denoiser().state_dict()
+    assert all(torch.equal(loaded[name], expected[name].bfloat16().float()) for name in names)
+    file.with_name("model-2-of-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-2-of-2\.safetensors is missing"):
+        VideoCheckpoint.open(folder)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from edgerun import _native, compare
 from edgerun.errors import BundleError, EdgerunError
+from edgerun.export.lower.executorch import lower
 from tests.runtime.chains import Link, Wide, run_eager, small_chain
 from tests.runtime.chains import export as export_link
 
@@ -262,6 +264,31 @@ def test_a_program_that_goes_bad_in_mid_run(
     harmed.write_bytes(keep)
     watched(lambda: native.run(False))  # it is whole again
     assert_close(native.get("v"), run_eager(chain, {"a": a})["v"].numpy())
+
+
+class Table(nn.Module):
+    """A program whose weights stay mapped: rows of two megabytes, looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.randn(1 << 14, 32))
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return self.rows[index]
+
+
+def test_a_program_that_is_cut_short_while_it_is_loaded(tmp_path: pathlib.Path) -> None:
+    """What is mapped and gone would end the process."""
+    path, table = tmp_path / "table.pte", Table()
+    index = torch.tensor([3, 9000])
+    lower(torch.export.export(table, (index,)), path, {})
+    native = _native.BlockLoader([("table", str(path), -1, ["index"], ["x"])], 0, None)
+    native.set("index", index.numpy())
+    native.run(True)
+    assert (native.get("x") == table(index).numpy()).all()
+    truncate(path)
+    with pytest.raises(BundleError, match=r"table\.pte' was cut short while it was in use"):
+        native.run(True)
 
 
 @pytest.mark.parametrize("harm", [remove, truncate, overwrite])

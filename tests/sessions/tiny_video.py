@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -199,9 +201,7 @@ class TinyVideo:
                 Part("finish", Finish(), {"x": (x, {}), "t": (t, {})}, ("v",)),
             ],
             "time_decoder": [Part("decode_time", DecodeTime(), {"z": (z, {2: "t"})}, ("chunk",))],
-            "frame_decoder": [
-                Part("decode_frames", DecodeFrames(), {"pictures": (pictures, {0: "f"})}, ("frames",))
-            ],
+            "frame_decoder": [Part("decode_frames", DecodeFrames(), {"pictures": (pictures, {0: "f"})}, ("frames",))],
         }
         middle = self.chains["denoiser"]
         middle[1:-1] = [part for part in middle[1:-1] for _ in range(repeats)]
@@ -317,6 +317,27 @@ def _entry(part: Part, lowered: LoweredProgram) -> dict[str, Any]:
         "arena_bytes": lowered.arena_bytes,
         "table_bytes": lowered.table_bytes,
     }
+
+
+# The wide model: a block of 4 MB runs ten times in the denoiser, each a program of its own to the loader.
+WIDE_BLOCKS, WIDE_HIDDEN = 10, 1 << 14
+
+
+def shared_bundle(factory: pytest.TempPathFactory, name: str, model: Callable[[], TinyVideo]) -> pathlib.Path:
+    """The bundle of that name for this test run, made by the first worker that wants it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / f"shared-{name}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "tiny.edgerun").is_dir():
+            model().save(folder / "partial").rename(folder / "tiny.edgerun")
+    return folder / "tiny.edgerun"
+
+
+def wide_bundle(factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The wide model's."""
+    return shared_bundle(factory, "wide-video", lambda: TinyVideo(1, WIDE_HIDDEN, WIDE_BLOCKS))
 
 
 def noise_of(seed: int) -> torch.Tensor:

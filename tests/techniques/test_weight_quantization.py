@@ -13,7 +13,7 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch
 
 from edgerun import compare
 from edgerun.errors import ExportError
-from edgerun.techniques.weight_quantization import quantize_linear, quantize_rows
+from edgerun.techniques.weight_quantization import quantize_linear, quantize_linears, quantize_rows
 
 Quantize = Literal["int8", "8da4w"]
 FORMATS: tuple[Quantize, ...] = ("int8", "8da4w")
@@ -48,6 +48,17 @@ def test_quantising_in_blocks_of_rows_changes_nothing() -> None:
     alone.weight.copy_(linear.weight[1400:1401])
     whole, one = quantize_linear(linear, "8da4w"), quantize_linear(alone, "8da4w")
     assert torch.equal(whole.weight[1400:1401], one.weight) and torch.equal(whole.scales[1400:1401], one.scales)
+
+
+def test_layers_of_a_module_are_replaced_and_let_go_of() -> None:
+    inner = torch.nn.Sequential(random_linear(32, 8), torch.nn.SiLU(), random_linear(8, 32))
+    module = torch.nn.ModuleDict({"kept": random_linear(32, 8), "kept_not": random_linear(32, 8), "inner": inner})
+    before = [inner[0], inner[2], module["kept_not"]]
+    assert quantize_linears(module, "int8", precise=("kept", "inner.2")) == 2
+    assert [type(part).__name__ for part in (module["kept"], module["kept_not"], *inner)] == [
+        "Linear", "QuantizedLinear", "QuantizedLinear", "SiLU", "Linear",
+    ]  # fmt: skip
+    assert [linear.weight.is_meta for linear in before] == [True, False, True]
 
 
 def test_rows_of_a_table_are_within_half_a_step() -> None:
