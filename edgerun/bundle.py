@@ -29,7 +29,7 @@ from edgerun.recipe import Recipe
 if TYPE_CHECKING:
     import tokenizers
 
-SCHEMA_VERSION = 3  # also of the arguments that programs pass to the ops; csrc/runtime/bundle_files.h has the same
+SCHEMA_VERSION = 4  # also of the arguments that programs pass to the ops; csrc/runtime/bundle_files.h has the same
 MANIFEST = "manifest.json"
 _REQUIRED = {
     "kind": str,

@@ -33,11 +33,12 @@ class VideoRecipe:
     pairs_per_program: int = 1  # of the denoiser's spatial and temporal blocks
     max_prompt_tokens: int | None = None
     quantize: Literal["none", "int8"] = "none"  # linear layers and token table of text encoder and denoiser
+    frames_per_call: int | None = None  # decoded at once, at most a chunk's; None: as many as their size allows
 
     def __post_init__(self) -> None:
         """Raise ExportError for a value out of its range."""
-        at_least_one = ("frames", "height", "width", "steps", "pairs_per_program", "max_prompt_tokens", "leap_patience")
-        for name in at_least_one:
+        sizes = ("frames", "height", "width", "max_prompt_tokens", "frames_per_call")
+        for name in (*sizes, "steps", "pairs_per_program", "leap_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ExportError(f"{name} is {value}; it must be at least 1")

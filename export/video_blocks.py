@@ -1,12 +1,13 @@
-"""The three chains of a video model, block after block, in one form: modules with named values.
+"""The four chains of a video model, block after block, in one form: modules with named values.
 
-Text: tokens → embedding, layers, norm → y. Denoiser: edgerun/models/stdit_blocks.py. Decoder: one chunk of latents z →
-blocks over time, then blocks on frames → frames.
+Text: tokens → embedding, layers, norm → y. Denoiser: edgerun/models/stdit_blocks.py. Decoder over time: one chunk of
+latents z → chunk, a picture for every frame. Decoder on frames: a few pictures → frames.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from edgerun.models.rectified_flow import shift_ratio, times
 from edgerun.models.stdit import Stdit, rotary_angles
 from edgerun.models.stdit_blocks import Tensors, denoiser_blocks
-from edgerun.models.temporal_vae import VideoAutoencoder
+from edgerun.models.temporal_vae import VideoAutoencoder, VideoAutoencoderConfig
 from edgerun.models.temporal_vae_blocks import decoder_blocks
 from edgerun.models.text_encoder import Embedding, encoder_blocks
 from edgerun.models.text_to_video import VideoCheckpoint
@@ -27,7 +28,7 @@ from edgerun.video_recipe import VideoRecipe
 
 _EXAMPLE_TOKENS = 7  # of a prompt, where a program is traced
 # Dimensions that a call decides, by value and dimension: n tokens of a prompt, m frames after merging, t latents of a
-# chunk and f frames that a block of the decoder has of it.
+# chunk, f frames that a block of the decoder over time has of it, p pictures of a call of the decoder on frames.
 _OPEN = {
     "tokens": {1: "n"},
     "text": {1: "n"},
@@ -39,9 +40,12 @@ _OPEN = {
     "cosines": {0: "m"},
     "sines": {0: "m"},
     "z": {2: "t"},
-    "pictures": {0: "f"},
-    "frames": {1: "f"},
+    "chunk": {0: "f"},
+    "pictures": {0: "p"},
+    "frames": {1: "p"},
 }
+# Of the largest value of a call of the decoder on frames. What the call needs in all is about six times as much.
+_CALL_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Geometry:
     width: int  # pixels
     latent: tuple[int, int, int]  # frames, height, width
     chunk_latents: tuple[int, int]  # of the decoder's last chunk, and of the others
+    call_frames: tuple[int, int]  # of the last call of the decoder on frames, and of the others
     max_tokens: int
     steps: int
     guidance: float
@@ -86,14 +91,15 @@ class Geometry:
         frames, height, width = frame_size(source, recipe)
         steps = recipe.steps or settings.steps
         factor, latents = config.spatial_factor, config.latent_frames(frames)
-        most = min(latents, config.latents_per_chunk)
+        of_call = min(recipe.frames_per_call or frames_per_call(config, height, width), config.frames_per_chunk)
         chunk = (config.frames_per_chunk, config.temporal_factor)
         return Geometry(
             frames,
             height,
             width,
             (latents, height // factor, width // factor),
-            (latents % most or most, most),
+            _last_and_others(latents, min(latents, config.latents_per_chunk)),
+            _last_and_others(frames, min(frames, of_call)),
             recipe.max_prompt_tokens or source.denoiser.model_max_length,
             steps,
             settings.guidance if recipe.guidance is None else recipe.guidance,
@@ -103,13 +109,25 @@ class Geometry:
 
     def limits(self, dimension: str, example: int) -> tuple[int, int]:
         """Least and most of a dimension that a call decides; example: its size where the program is traced."""
-        least, most = self.chunk_latents
+        last, others = self.chunk_latents
         return {
             "n": (1, self.max_tokens),
             "m": (1, self.latent[0]),
-            "t": (least, most),
-            "f": (example // most * least, example),
+            "t": self.chunk_latents,
+            "f": (example // others * last, example),
+            "p": self.call_frames,
         }[dimension]
+
+
+def _last_and_others(total: int, most: int) -> tuple[int, int]:
+    """The last part, and the others, of a total that is taken in parts of `most`."""
+    return total % most or most, most
+
+
+def frames_per_call(config: VideoAutoencoderConfig, height: int, width: int) -> int:
+    """How many frames the AutoencoderKL decodes at once: its own micro-batch, or fewer where pictures are large."""
+    channels = max(config.block_out_channels[:2])  # its widest values of full height and width
+    return max(1, min(config.micro_batch or config.frames_per_chunk, _CALL_BYTES // (4 * channels * height * width)))
 
 
 def frame_size(source: VideoCheckpoint, recipe: VideoRecipe) -> tuple[int, int, int]:
@@ -179,24 +197,31 @@ def denoiser_chain(
     return blocks(), values
 
 
-def decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+def time_decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
     """Blocks and example inputs, for one chunk; programs take a shorter one where the clip ends with one."""
 
     def blocks() -> Iterator[Block]:
-        parts = decoder_blocks(model)
-        block, given = next(parts), "z"
-        while True:
-            following = next(parts, None)
-            steps: list[nn.Module] = [_ChunkToPictures()] if given == "z" else []
-            steps += [block.module] if following else [block.module, _PicturesToFrames()]
-            gives = "pictures" if following else "frames"
-            yield Block(f"decoder_{block.name}", nn.Sequential(*steps).eval(), (given,), (gives,), precise=None)
-            if following is None:
-                return
-            block, given = following, gives
+        for index, block in enumerate(decoder_blocks(model, stages=("time",))):
+            module = block.module if index else nn.Sequential(_ChunkToPictures(), block.module).eval()
+            yield Block(f"decoder_{block.name}", module, ("chunk" if index else "z",), ("chunk",), precise=None)
 
     shape = (1, model.config.latent_channels, geometry.chunk_latents[1], *geometry.latent[1:])
     return blocks(), {"z": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def frame_decoder_chain(model: VideoAutoencoder, geometry: Geometry) -> tuple[Iterator[Block], dict[str, torch.Tensor]]:
+    """Blocks and example inputs, for the pictures of one call; programs take fewer where the clip ends with fewer."""
+
+    def blocks() -> Iterator[Block]:
+        parts = itertools.chain(decoder_blocks(model, stages=("frames",)), [None])
+        for block, following in itertools.pairwise(parts):
+            assert block is not None
+            module = block.module if following else nn.Sequential(block.module, _PicturesToFrames()).eval()
+            outputs = ("pictures" if following else "frames",)
+            yield Block(f"decoder_{block.name}", module, ("pictures",), outputs, precise=None)
+
+    shape = (geometry.call_frames[1], model.config.latent_channels, *geometry.latent[1:])
+    return blocks(), {"pictures": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
 class _ChunkToPictures(nn.Module):
@@ -207,5 +232,5 @@ class _ChunkToPictures(nn.Module):
 
 class _PicturesToFrames(nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """pictures [f, 3, H, W] → [3, f, H, W]."""
+        """pictures [n, 3, H, W] → [3, n, H, W]."""
         return pictures.transpose(0, 1)

@@ -1,10 +1,10 @@
-"""The golden case of a video bundle: a prompt's way through all three chains, kept while the chains are exported.
+"""The golden case of a video bundle: a prompt's way through all four chains, kept while the chains are exported.
 
 An export runs every block's module once, to hold the block's program against it. Here that pass is given a run's own
 values: the prompt's features go on to the denoiser, its guided velocity makes a step, and what is denoised is what the
 decoder runs on. So the case costs nothing but a second step, which a model has that needs little work for one: without
-merging, after a first one with it where the bundle merges. It keeps the frames of the clip's first chunk, as many as
-4 MiB hold. One block is in memory at a time.
+merging, after a first one with it where the bundle merges. It keeps the frames that the decoder's first call gives, as
+many as 4 MiB hold. One block is in memory at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class GoldenPass:
         second = len(steps) > 1 and _work(source, geometry) <= _MOST_WORK
         self._times = [steps[0], steps[len(steps) // 2]] if second else steps[:1]
         self._merge_steps = self._done = 0
-        self._tokens, self._y, self._frames = torch.empty(0), torch.empty(0), torch.empty(0)
+        self._tokens, self._y = torch.empty(0), torch.empty(0)
+        self._chunk, self._frames = torch.empty(0), torch.empty(0)
 
     def begin(self, chain: str, values: dict[str, torch.Tensor]) -> None:
         """Put the run's values in the place of the chain's examples, whose shapes they have."""
@@ -46,14 +47,19 @@ class GoldenPass:
             merge = merge_of(self._geometry, self._recipe)
             self._merge_steps = int(merge is not None and torch.equal(values["merge"], merge.merge))
             values |= {"y": self._y, **self._step()}
-        elif chain == "decoder":
+        elif chain == "time_decoder":
             values["z"] = self._latents[None, :, : values["z"].shape[2]].contiguous()
+        elif chain == "frame_decoder":
+            count = min(self._geometry.frames, self._source.autoencoder.frames_per_chunk)  # the last of a chunk
+            values["pictures"] = self._chunk[-count:][: len(values["pictures"])].contiguous()
 
     def end(self, chain: str, values: dict[str, torch.Tensor]) -> None:
         """Take what the chain gave."""
         if chain == "text_encoder":
             self._tokens, self._y = values["tokens"], values["y"]
-        elif chain == "decoder":
+        elif chain == "time_decoder":
+            self._chunk = values["chunk"]
+        elif chain == "frame_decoder":
             self._frames = values["frames"]
         else:
             self._advance(values["v"])
@@ -62,8 +68,7 @@ class GoldenPass:
 
     def save(self, writer: BundleWriter) -> list[dict[str, str]]:
         """Write the case and return the manifest's "golden"."""
-        count = min(self._geometry.frames, self._source.autoencoder.frames_per_chunk)  # the last that the chunk gives
-        levels = ((self._frames[:, -count:] + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+        levels = ((self._frames + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
         frames = levels[:, : max(1, _MOST_FRAME_BYTES // levels[:, 0].numel())].permute(1, 2, 3, 0)
         writer.subfolder("golden")
         VideoGolden(

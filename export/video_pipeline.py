@@ -1,4 +1,4 @@
-"""The way from a video checkpoint to a published bundle: every block of its three chains becomes a program of its own,
+"""The way from a video checkpoint to a published bundle: every block of its four chains becomes a program of its own,
 is loaded again and held against its module, and only then is the next one made. Of the text encoder and of the denoiser
 one block is in memory at a time. What the modules made on their way is the bundle's golden case.
 """
@@ -24,12 +24,13 @@ from edgerun.export.lower.executorch import TARGET, lower
 from edgerun.export.video_blocks import (
     Block,
     Geometry,
-    decoder_chain,
     denoiser_chain,
+    frame_decoder_chain,
     frame_size,
     merge_of,
     open_dimensions,
     text_chain,
+    time_decoder_chain,
 )
 from edgerun.export.video_golden import GoldenPass
 from edgerun.models.text_to_video import VideoCheckpoint, check_size
@@ -98,7 +99,9 @@ def _chains(
     gc.collect()
     yield "denoiser", denoiser_chain(*source.outline_denoiser(), geometry, recipe)
     gc.collect()
-    yield "decoder", decoder_chain(source.load_autoencoder(), geometry)
+    autoencoder = source.load_autoencoder()
+    yield "time_decoder", time_decoder_chain(autoencoder, geometry)
+    yield "frame_decoder", frame_decoder_chain(autoencoder, geometry)
 
 
 def _export_chain(
@@ -132,7 +135,7 @@ def _export_chain(
             )
             lowered = lower(program, writer.folder / file, {"edgerun_build": build})
         errors["parity"] = _worst_error(_run_program(writer.folder / file, arguments, len(results)), results)
-        if (short := _last_chunk(block, arguments, geometry)) is not None:
+        if (short := _last_part(block, arguments, geometry)) is not None:
             with torch.no_grad():
                 expected = _results(block, short)
             given = _run_program(writer.folder / file, short, len(expected))
@@ -151,6 +154,8 @@ def _export_chain(
             ],
             "operators": list(lowered.operators),
             "planned_bytes": lowered.planned_bytes,
+            "arena_bytes": lowered.arena_bytes,
+            "table_bytes": lowered.table_bytes,
         }
         yield facts, errors
         del block, program, lowered
@@ -176,14 +181,14 @@ def _dynamic_shapes(block: Block, arguments: tuple[torch.Tensor, ...], geometry:
     return (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
 
 
-def _last_chunk(
+def _last_part(
     block: Block, arguments: tuple[torch.Tensor, ...], geometry: Geometry
 ) -> tuple[torch.Tensor, ...] | None:
-    """The inputs of a block of the decoder for the clip's last chunk; None: it is as long as the others."""
+    """The inputs of a block of the decoders for the clip's last chunk or call; None: it is as long as the others."""
     short = []
     for name, argument in zip(block.inputs, arguments, strict=True):
         for dimension, symbol in open_dimensions(name).items():
-            if symbol in ("t", "f"):
+            if symbol in ("t", "f", "p"):
                 argument = argument.narrow(dimension, 0, geometry.limits(symbol, argument.shape[dimension])[0])
         short.append(argument.contiguous())
     same = all(one.shape == other.shape for one, other in zip(short, arguments, strict=True))
@@ -267,6 +272,7 @@ def _manifest(
         "decoder": {
             "latents_per_chunk": source.autoencoder.latents_per_chunk,
             "frames_per_chunk": source.autoencoder.frames_per_chunk,
+            "frames_per_call": geometry.call_frames[1],
         },
     }
     if merge is not None:

@@ -20,8 +20,8 @@ from edgerun.techniques.temporal_token_merging import adjacent_groups, frame_mer
 from edgerun.video_recipe import VideoRecipe
 from tests.models import tiny_video_checkpoint
 
-# Twelve frames are two chunks of five, of three latents each, and two frames of one latent.
-RECIPE = VideoRecipe(frames=12, merge_steps=2, leap="fixed", leap_evaluations=3)
+# Twelve frames are two chunks of five, of three latents each, and two frames of one latent; likewise three calls.
+RECIPE = VideoRecipe(frames=12, frames_per_call=5, merge_steps=2, leap="fixed", leap_evaluations=3)
 
 
 def _folder(factory: pytest.TempPathFactory) -> pathlib.Path:

@@ -84,8 +84,8 @@ def test_bench(bundle: Bundle, capsys: pytest.CaptureFixture) -> None:
     assert [(row[0], row[6]) for row in stages] == [("encode", 4), ("denoise", 3), ("decode", 2)]
     assert [(row[0], row[1]) for row in steps] == [("first", 1), ("plain", 3)]  # the one that merges is the first
     by_name = {row[1]: row for row in programs}
-    chunks = -(-bundle.manifest["video"]["frames"] // bundle.manifest["video"]["decoder"]["frames_per_chunk"])
-    assert by_name["denoiser_pairs_0"][4] == 4 and by_name["decoder_frames_0"][4] == chunks
+    calls = -(-bundle.manifest["video"]["frames"] // bundle.manifest["video"]["decoder"]["frames_per_call"])
+    assert by_name["denoiser_pairs_0"][4] == 4 and by_name["decoder_frames_0"][4] == calls
     assert sum(row[2] for row in programs if row[0] == "denoise") == stages[1][7]
     assert all(row[3] > 0 for row in programs)
 
@@ -118,7 +118,12 @@ def test_inspect(bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureF
         assert part in said
     report = report_of(["inspect", str(bundle.path)], capsys)
     chains, programs = report.tables[:2]
-    assert [row[:2] for row in chains.rows] == [("text_encoder", 4), ("denoiser", 3), ("decoder", 2)]
+    assert [row[:2] for row in chains.rows] == [
+        ("text_encoder", 4),
+        ("denoiser", 3),
+        ("time_decoder", 1),
+        ("frame_decoder", 1),
+    ]
     files = bundle.manifest["files"]
     sizes = {row[1]: row[2] for row in programs.rows}
     assert sizes["denoiser_pairs_0"] == files["programs/denoiser_pairs_0.pte"]["bytes"] / 2**20
@@ -132,7 +137,8 @@ def test_least_memory_is_the_chain_that_needs_most() -> None:
         return {"name": name, "dtype": "float32", "shape": list(shape), "limits": {"n": [1, 10]}}
 
     def program(name: str, planned: int, *values: dict) -> dict:
-        return {"name": name, "file": name, "planned_bytes": planned, "inputs": values[:1], "outputs": values[1:]}
+        sizes = {"planned_bytes": planned, "arena_bytes": 500, "table_bytes": 250}
+        return {"name": name, "file": name, "inputs": values[:1], "outputs": values[1:], **sizes}
 
     manifest = {
         "programs": [
@@ -141,9 +147,9 @@ def test_least_memory_is_the_chain_that_needs_most() -> None:
             program("c", 0, value("z", 1), value("frames", 3, 2, 4, 5)),
         ],
         "files": {"a": {"bytes": 100}, "b": {"bytes": 90}, "c": {"bytes": 200}},
-        "chains": {"denoiser": ["a", "b", "b"], "decoder": ["c"]},
+        "chains": {"denoiser": ["a", "b", "b"], "frame_decoder": ["c"]},
         "video": {"frames": 2, "height": 4, "width": 5},
     }
-    assert least_memory_bytes(manifest) == 2 * 100 + 3000 + 4 * (50 + 7)
+    assert least_memory_bytes(manifest) == 100 + 250 + 3000 + 500 + 4 * (50 + 7)
     manifest["files"]["c"]["bytes"] = 20_000
-    assert least_memory_bytes(manifest) == 40_000 + 4 * (1 + 120) + 120
+    assert least_memory_bytes(manifest) == 40_000 + 500 + 4 * (1 + 120) + 120

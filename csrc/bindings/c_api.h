@@ -163,7 +163,7 @@ typedef struct edgerun_video_info {
 
 typedef struct edgerun_video_progress {
   edgerun_video_stage stage;
-  int64_t done, total; /* prompts, steps, or chunks of latents */
+  int64_t done, total; /* prompts, steps, or chunks of latents and then calls for frames */
   int64_t evaluations; /* of the denoiser so far */
   double time;         /* of the diffusion, 1 is noise */
   double elapsed_ms;

@@ -12,7 +12,7 @@ class BlockLoader::Source final : public BlockSource {
  public:
   Source(const std::vector<ChainProgram>& programs, const BlockLoaderOptions& options, Values* values)
       : programs_(programs),
-        workspace_bytes_(options.workspace_bytes),
+        value_bytes_(options.value_bytes),
         values_(values),
         blocks_(programs.size()),
         streams_(programs.size(), 0),
@@ -21,6 +21,12 @@ class BlockLoader::Source final : public BlockSource {
     // One for the program that executes, one for each that is loaded ahead: what is loaded waits for nobody.
     for (int64_t i = 0; i <= options.prefetch; ++i) workspaces_.push_back(std::make_unique<WorkspaceKey>());
     users_.resize(workspaces_.size());
+    // Programs that stay share a workspace. Where one needs more, the larger one is there before the smaller one goes.
+    for (const ChainProgram& program : programs) {
+      if (program.arena_bytes <= arena_bytes_) continue;
+      growing_bytes_ = std::max(growing_bytes_, program.arena_bytes + arena_bytes_);
+      arena_bytes_ = program.arena_bytes;
+    }
   }
 
   Status inspect() {
@@ -31,7 +37,8 @@ class BlockLoader::Source final : public BlockSource {
       size_t bytes = 0;
       for (const int64_t one : facts.planned_bytes) bytes += static_cast<size_t>(one) + 64;
       planned = std::max(planned, bytes);
-      costs_[i] = {facts.file_bytes, 2 * facts.file_bytes};
+      const int64_t loaded = facts.file_bytes + programs_[i].table_bytes;
+      costs_[i] = {loaded, std::max(loaded, 2 * facts.file_bytes)};
       file_bytes_.push_back(facts.file_bytes);
     }
     if (planned_.allocate(planned)) return Status();
@@ -53,14 +60,18 @@ class BlockLoader::Source final : public BlockSource {
     if (before.anonymous < 0 || after.anonymous < 0) return Status();
     const int64_t packed = std::max<int64_t>(after.anonymous - before.anonymous, 0);
     // A small program can find room in what the allocator has left: never below its file.
-    cost->loaded_bytes = std::max(packed + blocks_[index]->mapped_bytes(), file_bytes_[index]);
-    cost->loading_bytes = cost->loaded_bytes + file_bytes_[index];
+    const int64_t loaded = std::max(packed + blocks_[index]->mapped_bytes(), file_bytes_[index]);
+    cost->loaded_bytes = loaded + programs_[index].table_bytes;
+    cost->loading_bytes = std::max(cost->loaded_bytes, loaded + file_bytes_[index]);
     costs_[index] = *cost;
     return status;
   }
 
   Status execute(size_t index, bool alone) override {
-    if (alone && index == 0) baseline_bytes_ = resident_bytes().anonymous - costs_[0].loaded_bytes - value_bytes();
+    if (alone && index == 0) {
+      const int64_t loaded = costs_[0].loaded_bytes - programs_[0].table_bytes;  // which come with the execution
+      baseline_bytes_ = resident_bytes().anonymous - loaded - value_bytes();
+    }
     Status status = blocks_[index]->execute(values_);
     const ResidentBytes after = alone && baseline_bytes_ >= 0 ? resident_bytes() : ResidentBytes();
     if (after.anonymous >= 0) {
@@ -75,13 +86,14 @@ class BlockLoader::Source final : public BlockSource {
     release_free_memory();
   }
 
-  // A workspace is as large as the largest of its programs needs, and stays for as long as one of them is loaded. Here
-  // one was measured; each program that is loaded ahead brings another.
+  // A workspace is as large as the largest of its programs needs, and stays for as long as one of them is loaded. Each
+  // program that is loaded ahead brings another.
   Activations activations() override {
-    const int64_t values = value_bytes(), planned = static_cast<int64_t>(planned_.size());
-    if (measured_bytes_ == 0) return {values + planned + workspace_bytes_, workspace_bytes_};
-    const int64_t workspace = std::max<int64_t>(measured_bytes_ - values, 0);
-    return {std::max(measured_bytes_, values), workspace};
+    const int64_t now = value_bytes(), values = std::max(now, value_bytes_);
+    const int64_t stated = values + static_cast<int64_t>(planned_.size()) + arena_bytes_;
+    if (arena_bytes_ > 0) return {std::max(stated, measured_bytes_), arena_bytes_, growing_bytes_ - arena_bytes_};
+    if (measured_bytes_ == 0) return {stated, 0};
+    return {std::max(measured_bytes_, values), std::max<int64_t>(measured_bytes_ - now, 0)};
   }
 
  private:
@@ -111,7 +123,8 @@ class BlockLoader::Source final : public BlockSource {
   }
 
   const std::vector<ChainProgram>& programs_;
-  const int64_t workspace_bytes_;
+  const int64_t value_bytes_;
+  int64_t arena_bytes_ = 0, growing_bytes_ = 0;  // of a workspace, at most: as it is, and with one that it outgrows
   Values* const values_;
   std::vector<std::unique_ptr<WorkspaceKey>> workspaces_;
   LazyMemory planned_;

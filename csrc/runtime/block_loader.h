@@ -2,9 +2,10 @@
 // named tensors: each takes its inputs from it by name and puts its outputs there by name, and a name can be bound anew
 // ("x" → "x"). BlockSchedule decides which programs are in memory; this makes them real, and measures them.
 //
-// A loaded program costs what XNNPACK packed, which is anonymous memory, and what of its file stays mapped; while it
-// loads, the file's pages come on top. Both are measured, by what the process grows by, on the chain's first pass when
-// more follow. What the C library would keep of an unloaded program is given back at once, for which the first chain of
+// A loaded program costs what XNNPACK packed, which is anonymous memory, what of its file stays mapped, and the tables
+// that it makes when it is first executed; while it loads, the file's pages come on top. Packing is measured, by what the
+// process grows by, on the chain's first pass when more follow, and so are values, planned memory and workspaces. Until
+// then, and where it is more, what the programs state counts. What the C library would keep of an unloaded program is given back at once, for which the first chain of
 // a process changes its allocator's thresholds.
 #pragma once
 
@@ -24,7 +25,7 @@ namespace edgerun {
 struct BlockLoaderOptions {
   int64_t prefetch = 1;                    // programs to load ahead; 0: none, and no thread
   int64_t budget_bytes = kUnlimitedBytes;  // for programs, values, planned memory and workspaces together
-  int64_t workspace_bytes = 0;             // of XNNPACK's activations, assumed until they were measured
+  int64_t value_bytes = 0;                 // most that all values take at once; 0: not known
   std::function<bool()> keep_going;        // as in ScheduleOptions
 };
 
@@ -48,7 +49,7 @@ class BlockLoader {
 
   const std::vector<ChainProgram>& programs() const { return programs_; }
   const BlockSchedule& schedule() const { return *schedule_; }
-  int64_t activation_bytes();  // values, planned memory and workspaces: measured, or assumed
+  int64_t activation_bytes();  // values, planned memory and workspaces
 
  private:
   class Source;

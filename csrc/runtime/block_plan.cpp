@@ -31,11 +31,15 @@ bool streams(const std::vector<BlockCost>& costs, size_t resident, int64_t prefe
 }  // namespace
 
 BlockPlan plan_blocks(const std::vector<BlockCost>& costs, int64_t prefetch, const Activations& activations,
-                      int64_t budget_bytes) {
+                      int64_t budget_bytes, bool again) {
+  for (int64_t ahead = prefetch; again && ahead >= 0; --ahead) {
+    const BlockPlan all = {costs.size(), ahead};
+    if (streams(costs, all.resident, ahead, budget_bytes - activations.with(all))) return all;
+  }
   for (; prefetch >= 0; --prefetch) {
-    const int64_t room = budget_bytes - activations.with(prefetch);
     for (size_t resident = costs.size() + 1; resident-- > 0;) {
-      if (streams(costs, resident, prefetch, room)) return {resident, prefetch};
+      const BlockPlan plan = {resident, prefetch};
+      if (streams(costs, resident, prefetch, budget_bytes - activations.with(plan))) return plan;
     }
   }
   return {};

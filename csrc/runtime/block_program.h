@@ -47,6 +47,8 @@ struct ChainProgram {
   int64_t bytes = -1;                        // of the file; -1: any
   std::vector<std::string> inputs, outputs;  // names of its values, in the order of method "forward"
   std::vector<std::string> operators;        // that must be there, as "namespace::name"
+  int64_t arena_bytes = 0;                   // most that XNNPACK takes while it executes; 0: not known
+  int64_t table_bytes = 0;                   // that XNNPACK keeps of it from its first execution on
 };
 
 // The allocator that names a workspace. What it gives comes from the program that the calling thread is loading.

@@ -5,9 +5,17 @@
 
 namespace edgerun {
 
-void write_chain(const BlockSchedule& schedule, const std::vector<ChainProgram>& programs, int64_t activation_bytes,
-                 json::Writer* json) {
-  const std::vector<PassStats> passes = schedule.pass_stats();
+void ChainStats::add(BlockLoader* loader) {
+  const std::vector<BlockStats> more_blocks = loader->schedule().block_stats();
+  const std::vector<PassStats> more_passes = loader->schedule().pass_stats();
+  for (const ChainProgram& program : loader->programs()) names.push_back(program.name);
+  blocks.insert(blocks.end(), more_blocks.begin(), more_blocks.end());
+  passes.insert(passes.end(), more_passes.begin(), more_passes.end());
+  activation_bytes = std::max(activation_bytes, loader->activation_bytes());
+}
+
+void write_chains(const ChainStats& stats, json::Writer* json) {
+  const std::vector<PassStats>& passes = stats.passes;
   PassStats sum, overlapped;
   for (const PassStats& pass : passes) {
     for (PassStats* const total : {&sum, &overlapped}) {
@@ -24,7 +32,7 @@ void write_chain(const BlockSchedule& schedule, const std::vector<ChainProgram>&
   json->begin_object().key("budget_bytes");
   const bool limited = !passes.empty() && passes.back().budget_bytes != kUnlimitedBytes;
   limited ? json->value(passes.back().budget_bytes) : json->null();
-  json->key("activation_bytes").value(activation_bytes);
+  json->key("activation_bytes").value(stats.activation_bytes);
   json->key("resident_blocks").value(passes.empty() ? int64_t{0} : passes.back().resident_blocks);
   json->key("prefetch").value(passes.empty() ? int64_t{0} : passes.back().prefetch);
   json->key("peak_bytes").value(sum.peak_bytes);
@@ -35,10 +43,9 @@ void write_chain(const BlockSchedule& schedule, const std::vector<ChainProgram>&
   const double load_ms = overlapped.load_ms + overlapped.unload_ms, least = std::min(load_ms, overlapped.execute_ms);
   least > 0.0 ? json->value((load_ms + overlapped.execute_ms - overlapped.wall_ms) / least) : json->null();
   json->key("blocks").begin_array();
-  const std::vector<BlockStats> blocks = schedule.block_stats();
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const BlockStats& block = blocks[i];
-    json->begin_object().key("name").value(programs[i].name);
+  for (size_t i = 0; i < stats.blocks.size(); ++i) {
+    const BlockStats& block = stats.blocks[i];
+    json->begin_object().key("name").value(stats.names[i]);
     json->key("loads").value(block.loads).key("executions").value(block.executions);
     json->key("load_ms").value(block.load_ms).key("unload_ms").value(block.unload_ms);
     json->key("execute_ms").value(block.execute_ms).key("wait_ms").value(block.wait_ms);

@@ -48,7 +48,7 @@ BlockSchedule::BlockSchedule(BlockSource* source, ScheduleOptions options)
       budget_bytes_(options_.budget_bytes),
       activations_(source->activations()) {
   for (size_t i = 0; i < blocks_.size(); ++i) blocks_[i].stats.cost = options_.costs[i];
-  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_);
+  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_, again_);
 }
 
 Status BlockSchedule::open(BlockSource* source, ScheduleOptions options, std::unique_ptr<BlockSchedule>* schedule) {
@@ -89,7 +89,7 @@ Status BlockSchedule::check_budget(int64_t budget) const {
   return check_fits(costs(), options_.names, activations_, budget);
 }
 
-int64_t BlockSchedule::reserve() const { return activations_.with(measuring_ ? 0 : plan_.prefetch); }
+int64_t BlockSchedule::reserve() const { return activations_.with(measuring_ ? BlockPlan() : plan_); }
 
 int64_t BlockSchedule::room() const { return budget_bytes_ - reserve(); }
 
@@ -120,7 +120,7 @@ void BlockSchedule::evict(int64_t bytes, size_t needed) {
 
 // Brings plan and memory in line with the budget as it is now.
 void BlockSchedule::refresh() {
-  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_);
+  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_, again_);
   if (!fits(0)) evict(0, position_);
 }
 
@@ -358,7 +358,8 @@ Status BlockSchedule::run(bool more_follow) {
   running_ = true;
   cancelled_ = false;
   activations_ = source_->activations();
-  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_);
+  again_ = more_follow || wanted_;
+  plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_, again_);
   more_follow_ = more_follow;
   measuring_ = more_follow && !measured_ && budget_bytes_ != kUnlimitedBytes;
   wanted_ = true;

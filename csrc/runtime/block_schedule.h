@@ -7,8 +7,9 @@
 //
 //   resident + executing + loaded ahead + loading + activations <= budget
 //
-// As many are resident as that allows with `prefetch` blocks ahead. A block's bytes are estimates until it was loaded
-// by itself: the first of several passes loads and executes in turn, keeps nothing, and measures.
+// As many are resident as that allows with `prefetch` blocks ahead; of several passes, where all can be resident, none
+// need be ahead. A block's bytes are estimates until it was loaded by itself: the first of several passes loads and
+// executes in turn, keeps nothing, and measures.
 #pragma once
 
 #include <condition_variable>
@@ -146,6 +147,7 @@ class BlockSchedule {
   bool running_ = false, executing_ = false, cancelled_ = false;
   bool measured_ = false, measuring_ = false, more_follow_ = false;
   bool wanted_ = false;  // the thread may load: a pass runs, or another follows
+  bool again_ = false;   // the pass is one of several
   bool stopping_ = false, thread_lives_ = false;
   std::thread thread_;
 };

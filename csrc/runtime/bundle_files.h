@@ -12,7 +12,7 @@
 
 namespace edgerun {
 
-inline constexpr int64_t kBundleSchemaVersion = 3;  // edgerun/bundle.py has the same
+inline constexpr int64_t kBundleSchemaVersion = 4;  // edgerun/bundle.py has the same
 
 Status corrupt(const std::string& message);  // kCorrupt
 

@@ -44,13 +44,37 @@ Status read_matrix(const json::Value& list, const std::string& name, size_t rows
                  std::to_string(columns) + ": export the bundle again");
 }
 
-Status read_values(const json::Value& list, const std::string& program, Chain* chain, std::vector<std::string>* names) {
+constexpr int64_t kMostValueBytes = int64_t{1} << 50;  // more is no size, and sums of it are none either
+
+// Of a value at its largest; 0: the manifest does not tell.
+int64_t most_bytes(const json::Value& value) {
+  std::string dtype;
+  if (!value.get("dtype").as(&dtype)) return 0;
+  int64_t bytes = dtype == "int64" ? 8 : dtype == "bool" ? 1 : 4;
+  for (const json::Value& dimension : value.get("shape").items()) {
+    std::string symbol;
+    int64_t size = 0;
+    if (dimension.as(&symbol)) {
+      for (const auto& [limited, range] : value.get("limits").members()) {
+        if (limited == symbol && range.items().size() == 2) (void)range.items()[1].as(&size);
+      }
+    } else {
+      (void)dimension.as(&size);
+    }
+    bytes = size <= 0 || bytes > kMostValueBytes / size ? 0 : bytes * size;
+  }
+  return value.get("shape").items().empty() ? 0 : bytes;
+}
+
+Status read_values(const json::Value& list, const std::string& program, Chain* chain, std::vector<std::string>* names,
+                   std::map<std::string, int64_t>* bytes) {
   for (const json::Value& item : list.items()) {
     std::string name;
     if (!item.get("name").as(&name)) {
       return corrupt("manifest.json: a value of program '" + program + "' has no name: export the bundle again");
     }
     names->push_back(name);
+    (*bytes)[name] = std::max((*bytes)[name], most_bytes(item));
     const std::vector<json::Value>& shape = item.get("shape").items();
     if (name == "tokens" && shape.size() == 2) {
       std::string symbol;
@@ -71,6 +95,7 @@ Status read_values(const json::Value& list, const std::string& program, Chain* c
 }
 
 Status read_chain(const json::Value& manifest, const std::string& name, Chain* chain, std::set<std::string>* files) {
+  std::map<std::string, int64_t> bytes;  // of each value
   for (const json::Value& item : manifest.get("chains").get(name).items()) {
     ChainProgram program;
     const json::Value* entry = nullptr;
@@ -80,10 +105,11 @@ Status read_chain(const json::Value& manifest, const std::string& name, Chain* c
                      "', which is none of its programs: export the bundle again");
     }
     if (Status status = require(*entry, "file", &program.path); !status.ok()) return status;
-    if (Status status = read_values(entry->get("inputs"), program.name, chain, &program.inputs); !status.ok()) {
+    if (Status status = read_values(entry->get("inputs"), program.name, chain, &program.inputs, &bytes); !status.ok()) {
       return status;
     }
-    if (Status status = read_values(entry->get("outputs"), program.name, chain, &program.outputs); !status.ok()) {
+    if (Status status = read_values(entry->get("outputs"), program.name, chain, &program.outputs, &bytes);
+        !status.ok()) {
       return status;
     }
     for (const json::Value& op : entry->get("operators").items()) {
@@ -91,13 +117,16 @@ Status read_chain(const json::Value& manifest, const std::string& name, Chain* c
         return corrupt("manifest.json lists an operator that is not a string: export the bundle again");
       }
     }
-    int64_t activation_bytes = 0;
-    if (entry->get("activation_bytes").as(&activation_bytes)) {
-      chain->workspace_bytes = std::max(chain->workspace_bytes, activation_bytes);
+    (void)entry->get("arena_bytes").as(&program.arena_bytes);
+    (void)entry->get("table_bytes").as(&program.table_bytes);
+    if (program.arena_bytes < 0 || program.table_bytes < 0) {
+      return corrupt("manifest.json: program '" + program.name + "' states " + std::to_string(program.arena_bytes) +
+                     " and " + std::to_string(program.table_bytes) + " bytes for XNNPACK: export the bundle again");
     }
     files->insert(program.path);
     chain->programs.push_back(std::move(program));
   }
+  for (const auto& [value, most] : bytes) chain->value_bytes += most;
   if (!chain->programs.empty()) return Status();
   return corrupt("manifest.json has no chain '" + name + "': export the bundle again");
 }
@@ -192,7 +221,8 @@ Status read_video(const json::Value& video, VideoBundle* bundle) {
                                                     {"latent.height", &bundle->latent_height},
                                                     {"latent.width", &bundle->latent_width},
                                                     {"decoder.latents_per_chunk", &bundle->latents_per_chunk},
-                                                    {"decoder.frames_per_chunk", &bundle->frames_per_chunk}};
+                                                    {"decoder.frames_per_chunk", &bundle->frames_per_chunk},
+                                                    {"decoder.frames_per_call", &bundle->frames_per_call}};
   for (const auto& [name, target] : sizes) {
     if (Status status = require_at_least(1, video, name, target); !status.ok()) return status;
   }
@@ -200,8 +230,7 @@ Status read_video(const json::Value& video, VideoBundle* bundle) {
   if (Status status = require(video, "guidance", &bundle->guidance); !status.ok()) return status;
   if (Status status = read_numbers(video.get("times"), "video.times", &bundle->times); !status.ok()) return status;
   if (bundle->times.empty()) return corrupt("manifest.json has no usable 'video.times': export the bundle again");
-  const int64_t chunks = (bundle->latent_frames + bundle->latents_per_chunk - 1) / bundle->latents_per_chunk;
-  if ((bundle->frames + bundle->frames_per_chunk - 1) / bundle->frames_per_chunk != chunks) {
+  if ((bundle->frames + bundle->frames_per_chunk - 1) / bundle->frames_per_chunk != bundle->chunks()) {
     return corrupt("manifest.json: " + std::to_string(bundle->frames) + " frames and " +
                    std::to_string(bundle->latent_frames) + " latents are not the same number of chunks: export again");
   }
@@ -243,7 +272,8 @@ Status read_video_bundle(const std::string& path, bool verify, VideoBundle* bund
   const Part parts[] = {
       {"text_encoder", &bundle->text_encoder, {"tokens"}, "y"},
       {"denoiser", &bundle->denoiser, {"x", "time", "fps", "y", "merge", "unmerge", "cosines", "sines"}, "v"},
-      {"decoder", &bundle->decoder, {"z"}, "frames"}};
+      {"time_decoder", &bundle->time_decoder, {"z"}, "chunk"},
+      {"frame_decoder", &bundle->frame_decoder, {"pictures"}, "frames"}};
   for (const Part& part : parts) {
     if (Status status = read_chain(manifest, part.name, part.chain, &names); !status.ok()) return status;
     if (Status status = check_chain(part.name, *part.chain, part.given, part.taken); !status.ok()) return status;

@@ -73,11 +73,11 @@ void rotary_angles(std::span<const float> positions, std::span<const float> freq
   }
 }
 
-void to_pixels(std::span<const float> frames, int64_t total, int64_t first, int64_t count, int64_t pixels,
-               uint8_t* target) {
-  for (int64_t channel = 0; channel < 3; ++channel) {
-    const float* const source = frames.data() + (channel * total + first) * pixels;
-    for (int64_t i = 0; i < count * pixels; ++i) {
+void to_pixels(std::span<const float> frames, uint8_t* target) {
+  const size_t pixels = frames.size() / 3;
+  for (size_t channel = 0; channel < 3; ++channel) {
+    const float* const source = frames.data() + channel * pixels;
+    for (size_t i = 0; i < pixels; ++i) {
       const float level = (source[i] + 1.0f) * 127.5f + 0.5f;
       // Not a number becomes 0: the comparison fails.
       target[3 * i + channel] = static_cast<uint8_t>(level > 0.0f ? std::min(level, 255.0f) : 0.0f);

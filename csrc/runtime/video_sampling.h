@@ -25,9 +25,8 @@ void euler_step(std::span<float> x, std::span<const float> velocity, float step)
 void rotary_angles(std::span<const float> positions, std::span<const float> frequencies, std::vector<float>* cosines,
                    std::vector<float>* sines);
 
-// Frames [3, f, H, W] in [-1, 1], of which `count` from `first` on → uint8 [count, H, W, 3].
-void to_pixels(std::span<const float> frames, int64_t total, int64_t first, int64_t count, int64_t pixels,
-               uint8_t* target);
+// Frames [3, n, H, W] in [-1, 1] → uint8 [n, H, W, 3].
+void to_pixels(std::span<const float> frames, uint8_t* target);
 
 // When the last velocity is followed to the end (linear proportional leap, arXiv 2502.04363 section 3.1; the rules of
 // edgerun/techniques/linear_proportional_leap.py). It serves one sample; its state can be kept and set.

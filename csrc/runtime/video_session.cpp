@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "csrc/base/json.h"
-#include "csrc/runtime/block_report.h"
 #include "csrc/runtime/executorch_log.h"
 #include "csrc/runtime/process_memory.h"
 #include "csrc/runtime/video_state.h"
@@ -19,7 +18,6 @@ namespace {
 // What a run's heap, the libraries' pages and the threads' stacks may grow by beyond what is counted.
 constexpr int64_t kReserveBytes = int64_t{8} << 20;
 constexpr const char* kStageNames[] = {"encode", "denoise", "decode"};
-constexpr const char* kChainNames[] = {"text_encoder", "denoiser", "decoder"};
 
 double now_ms() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -28,12 +26,6 @@ double now_ms() {
 
 Status invalid(const std::string& message) { return Status(StatusCode::kInvalidArgument, message); }
 Status cancelled_status() { return Status(StatusCode::kCancelled, "cancelled"); }
-
-const Chain& chain_of(const VideoBundle& bundle, VideoStage stage) {
-  return stage == VideoStage::kEncode    ? bundle.text_encoder
-         : stage == VideoStage::kDenoise ? bundle.denoiser
-                                         : bundle.decoder;
-}
 
 bool takes(const BlockLoader& loader, const std::string& name) {
   return std::any_of(loader.programs().begin(), loader.programs().end(), [&](const ChainProgram& program) {
@@ -90,9 +82,10 @@ Status VideoSession::open(const std::string& bundle, const VideoOptions& options
     (void)pool_threads();
   }
   // Everything that can be known now fails now, not after minutes: programs, operators, and a limit below a block.
-  for (const VideoStage stage : {VideoStage::kEncode, VideoStage::kDenoise, VideoStage::kDecode}) {
+  for (const Part& part : {opened->encoder(), opened->denoiser(), opened->time_decoder(), opened->frame_decoder()}) {
     std::unique_ptr<BlockLoader> loader;
-    if (Status status = opened->open_chain(stage, 0, nullptr, &loader); !status.ok()) return status;
+    const int64_t reserve = part.stage == VideoStage::kDecode ? opened->bundle_.frame_bytes() : 0;
+    if (Status status = opened->open_chain(part, reserve, nullptr, &loader); !status.ok()) return status;
   }
   *session = std::move(opened);
   return Status();
@@ -116,12 +109,11 @@ Status VideoSession::budget(int64_t reserve_bytes, int64_t* bytes) const {
                                               " that the process takes without a model: raise it");
 }
 
-Status VideoSession::open_chain(VideoStage stage, int64_t reserve_bytes, const VideoRun* run,
+Status VideoSession::open_chain(const Part& part, int64_t reserve_bytes, const VideoRun* run,
                                 std::unique_ptr<BlockLoader>* loader) {
-  const Chain& chain = chain_of(bundle_, stage);
   BlockLoaderOptions options;
   options.prefetch = options_.prefetch;
-  options.workspace_bytes = chain.workspace_bytes;
+  options.value_bytes = part.chain->value_bytes;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (Status status = budget(reserve_bytes, &options.budget_bytes); !status.ok()) return status;
@@ -131,39 +123,37 @@ Status VideoSession::open_chain(VideoStage stage, int64_t reserve_bytes, const V
       return run_.load(std::memory_order_relaxed) != Run::kCancelled && (!run->keep_going || run->keep_going());
     };
   }
-  return of_limit(stage, options.budget_bytes, BlockLoader::open(chain.programs, options, loader));
+  return of_limit(part, options.budget_bytes, BlockLoader::open(part.chain->programs, options, loader));
 }
 
 // What does not fit a budget is said of the memory limit, which is what the caller knows.
-Status VideoSession::of_limit(VideoStage stage, int64_t budget_bytes, Status status) const {
+Status VideoSession::of_limit(const Part& part, int64_t budget_bytes, Status status) const {
   if (status.code() != StatusCode::kOutOfMemory || budget_bytes == kUnlimitedBytes) return status;
   return Status(StatusCode::kOutOfMemory, "of a memory limit of " + std::to_string(memory_limit_bytes_) + " bytes, " +
-                                              std::to_string(budget_bytes) + " are left for the " +
-                                              kChainNames[static_cast<int>(stage)] + ": " + status.message());
+                                              std::to_string(budget_bytes) + " are left for the " + part.name + ": " +
+                                              status.message());
 }
 
 template <typename Body>
-Status VideoSession::with_chain(VideoStage stage, int64_t reserve_bytes, const VideoRun& run, const Body& body) {
+Status VideoSession::with_chain(const Part& part, int64_t reserve_bytes, const VideoRun& run, const Body& body) {
   const double begin_ms = now_ms();
   std::unique_ptr<BlockLoader> loader;
-  if (Status status = open_chain(stage, reserve_bytes, &run, &loader); !status.ok()) return status;
+  if (Status status = open_chain(part, reserve_bytes, &run, &loader); !status.ok()) return status;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     active_ = loader.get();
     if (memory_limit_bytes_ > 0) active_base_bytes_ = memory_limit_bytes_ - loader->schedule().budget_bytes();
   }
-  Status status = of_limit(stage, loader->schedule().budget_bytes(), body(loader.get()));
+  Status status = of_limit(part, loader->schedule().budget_bytes(), body(loader.get()));
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     active_ = nullptr;
   }
-  Stage& stats = stages_[static_cast<int>(stage)];
-  json::Writer json;
-  write_chain(loader->schedule(), loader->programs(), loader->activation_bytes(), &json);
-  stats.chain = json.text();
+  Stage& stage = stages_[static_cast<int>(part.stage)];
+  stage.chains.add(loader.get());
   loader.reset();
   release_free_memory();
-  stats.wall_ms = now_ms() - begin_ms;
+  stage.wall_ms += now_ms() - begin_ms;
   return status;
 }
 
@@ -234,7 +224,7 @@ Status VideoSession::progress(const VideoRun& run, VideoStage stage, int64_t don
 
 Status VideoSession::encode(std::span<const int64_t> tokens, const VideoRun& run) {
   if (Status status = progress(run, VideoStage::kEncode, 0, 1, 1.0); !status.ok()) return status;
-  return with_chain(VideoStage::kEncode, 0, run, [&](BlockLoader* loader) -> Status {
+  return with_chain(encoder(), 0, run, [&](BlockLoader* loader) -> Status {
     const std::vector<int64_t> sizes = {1, static_cast<int64_t>(tokens.size())};
     if (Status status = loader->set("tokens", ElementType::kInt64, sizes, tokens.data()); !status.ok()) return status;
     if (Status status = loader->run(false); !status.ok()) return status;
@@ -298,7 +288,7 @@ Status VideoSession::evaluate(BlockLoader* loader, double time, bool merged, dou
 Status VideoSession::denoise(const VideoRun& run, const Settings& settings) {
   const auto steps = static_cast<int64_t>(settings.times.size());
   if (next_step_ >= steps) return Status();
-  return with_chain(VideoStage::kDenoise, 0, run, [&](BlockLoader* loader) -> Status {
+  return with_chain(denoiser(), 0, run, [&](BlockLoader* loader) -> Status {
     while (next_step_ < steps) {
       const auto index = static_cast<size_t>(next_step_);
       const double time = settings.times[index], begin_ms = now_ms();
@@ -317,12 +307,20 @@ Status VideoSession::denoise(const VideoRun& run, const Settings& settings) {
 }
 
 Status VideoSession::decode(const VideoRun& run) {
-  const int64_t chunks = (bundle_.latent_frames + bundle_.latents_per_chunk - 1) / bundle_.latents_per_chunk;
-  const int64_t plane = bundle_.latent_height * bundle_.latent_width, pixels = bundle_.height * bundle_.width;
-  // The caller's frames may not be in RAM yet.
-  return with_chain(VideoStage::kDecode, bundle_.frame_bytes(), run, [&](BlockLoader* loader) -> Status {
+  Value pictures;
+  if (Status status = decode_time(run, &pictures); !status.ok()) return status;
+  return decode_frames(run, pictures);
+}
+
+// Chunks of latents, to the pictures [frames, c, h', w'] of all of them.
+Status VideoSession::decode_time(const VideoRun& run, Value* pictures) {
+  const int64_t plane = bundle_.latent_height * bundle_.latent_width;
+  const int64_t chunks = bundle_.chunks(), calls = chunks + bundle_.frame_calls();
+  // The caller's frames may not be in RAM yet. A picture has about a latent's size.
+  const int64_t reserve = bundle_.frame_bytes() + bundle_.frames * bundle_.channels * plane * 4;
+  return with_chain(time_decoder(), reserve, run, [&](BlockLoader* loader) -> Status {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      if (Status status = progress(run, VideoStage::kDecode, chunk, chunks, 0.0); !status.ok()) return status;
+      if (Status status = progress(run, VideoStage::kDecode, chunk, calls, 0.0); !status.ok()) return status;
       const int64_t first = chunk * bundle_.latents_per_chunk;
       const int64_t count = std::min(bundle_.latents_per_chunk, bundle_.latent_frames - first);
       std::vector<float> z;
@@ -333,19 +331,47 @@ Status VideoSession::decode(const VideoRun& run) {
       const std::vector<int64_t> sizes = {1, bundle_.channels, count, bundle_.latent_height, bundle_.latent_width};
       if (Status status = set_floats(loader, "z", sizes, z); !status.ok()) return status;
       if (Status status = loader->run(chunk + 1 < chunks); !status.ok()) return status;
-      const Value& frames = (*loader->values())["frames"];
+      const Value& decoded = (*loader->values())["chunk"];
       const int64_t before = chunk * bundle_.frames_per_chunk;
       const int64_t wanted = std::min(bundle_.frames_per_chunk, bundle_.frames - before);
-      if (frames.type != ElementType::kFloat32 || frames.sizes.size() != 4 || frames.sizes[0] != 3 ||
-          frames.sizes[1] < wanted || frames.sizes[2] != bundle_.height || frames.sizes[3] != bundle_.width) {
+      if (chunk == 0 && decoded.sizes.size() == 4) {
+        pictures->resize(ElementType::kFloat32, {bundle_.frames, decoded.sizes[1], decoded.sizes[2], decoded.sizes[3]});
+      }
+      if (decoded.type != ElementType::kFloat32 || decoded.sizes.size() != 4 || decoded.sizes[0] < wanted ||
+          !std::equal(decoded.sizes.begin() + 1, decoded.sizes.end(), pictures->sizes.begin() + 1)) {
+        return wrong_output("chunk", decoded, "[" + std::to_string(wanted) + " or more, channels, height, width]");
+      }
+      const int64_t bytes = pictures->bytes() / bundle_.frames;  // of one
+      std::memcpy(pictures->data.get() + before * bytes, decoded.data.get() + (decoded.sizes[0] - wanted) * bytes,
+                  static_cast<size_t>(wanted * bytes));
+    }
+    return Status();
+  });
+}
+
+Status VideoSession::decode_frames(const VideoRun& run, const Value& pictures) {
+  const int64_t chunks = bundle_.chunks(), calls = chunks + bundle_.frame_calls();
+  return with_chain(frame_decoder(), bundle_.frame_bytes(), run, [&](BlockLoader* loader) -> Status {
+    for (int64_t call = chunks; call < calls; ++call) {
+      if (Status status = progress(run, VideoStage::kDecode, call, calls, 0.0); !status.ok()) return status;
+      const int64_t first = (call - chunks) * bundle_.frames_per_call;
+      const int64_t count = std::min(bundle_.frames_per_call, bundle_.frames - first);
+      std::vector<int64_t> sizes = pictures.sizes;
+      sizes[0] = count;
+      const uint8_t* const start = pictures.data.get() + first * (pictures.bytes() / bundle_.frames);
+      if (Status status = loader->set("pictures", pictures.type, sizes, start); !status.ok()) return status;
+      if (Status status = loader->run(call + 1 < calls); !status.ok()) return status;
+      const Value& frames = (*loader->values())["frames"];
+      if (frames.type != ElementType::kFloat32 ||
+          frames.sizes != std::vector<int64_t>{3, count, bundle_.height, bundle_.width}) {
         return wrong_output("frames", frames,
-                            "[3, " + std::to_string(wanted) + " or more, " + std::to_string(bundle_.height) + ", " +
+                            "[3, " + std::to_string(count) + ", " + std::to_string(bundle_.height) + ", " +
                                 std::to_string(bundle_.width) + "]");
       }
-      to_pixels({frames.floats(), static_cast<size_t>(frames.bytes() / 4)}, frames.sizes[1], frames.sizes[1] - wanted,
-                wanted, pixels, run.frames_out + 3 * before * pixels);
+      to_pixels({frames.floats(), static_cast<size_t>(frames.bytes() / 4)},
+                run.frames_out + 3 * first * bundle_.height * bundle_.width);
     }
-    return progress(run, VideoStage::kDecode, chunks, chunks, 0.0);
+    return progress(run, VideoStage::kDecode, calls, calls, 0.0);
   });
 }
 
@@ -433,11 +459,13 @@ std::string VideoSession::report() const {
   json.end_array().key("stages").begin_object();
   for (int i = 0; i < 3; ++i) {
     json.key(kStageNames[i]);
-    if (stages_[i].chain.empty()) {
+    if (stages_[i].chains.blocks.empty()) {
       json.null();
       continue;
     }
-    json.begin_object().key("wall_ms").value(stages_[i].wall_ms).key("chain").raw(stages_[i].chain).end_object();
+    json.begin_object().key("wall_ms").value(stages_[i].wall_ms).key("chain");
+    write_chains(stages_[i].chains, &json);
+    json.end_object();
   }
   return json.end_object().end_object().text();
 }

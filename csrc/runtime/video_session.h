@@ -1,6 +1,6 @@
 // video_session: a video bundle, running: the prompt is encoded, a latent denoised step by step, and the frames decoded.
-// Each of the three is a chain of programs that streams through what the memory limit leaves (block_loader.h), and is
-// gone from memory before the next begins.
+// Each is a chain of programs that streams through what the memory limit leaves (block_loader.h), and is gone from
+// memory before the next begins; decoding is two, over time and then on a few frames at a time.
 //
 // After step i the latent is x += v (t_i - t_{i+1}); when the leap rule says so, x += v t_i ends the loop (video_bundle.h
 // has the conventions). A run that was cancelled keeps its state, which can be saved and given to a later run.
@@ -18,6 +18,7 @@
 
 #include "csrc/base/status.h"
 #include "csrc/runtime/block_loader.h"
+#include "csrc/runtime/block_report.h"
 #include "csrc/runtime/thread_pool.h"
 #include "csrc/runtime/video_bundle.h"
 #include "csrc/runtime/video_sampling.h"
@@ -35,7 +36,7 @@ enum class VideoStage : int { kEncode = 0, kDenoise = 1, kDecode = 2 };
 
 struct VideoProgress {
   VideoStage stage = VideoStage::kEncode;
-  int64_t done = 0, total = 0;  // calls of the stage's chain: 1 prompt, steps, chunks of latents
+  int64_t done = 0, total = 0;  // calls of the stage's chains: 1 prompt, steps, chunks of latents and calls for frames
   int64_t evaluations = 0;      // of the denoiser so far
   double time = 0.0;            // of the diffusion, 1 is noise
   double elapsed_ms = 0.0;      // since the run began
@@ -85,23 +86,35 @@ class VideoSession {
   };
   struct Stage {
     double wall_ms = 0.0;
-    std::string chain;  // JSON of its schedule; empty: it did not run
+    ChainStats chains;  // without blocks: it did not run
+  };
+  struct Part {  // of a bundle: a chain, and what it is called
+    VideoStage stage;
+    const char* name;
+    const Chain* chain;
   };
 
   Status settings(const VideoRun& run, Settings* settings) const;
   Status check_tokens(std::span<const int64_t> tokens) const;
-  Status open_chain(VideoStage stage, int64_t reserve_bytes, const VideoRun* run, std::unique_ptr<BlockLoader>* loader);
+  Status open_chain(const Part& part, int64_t reserve_bytes, const VideoRun* run, std::unique_ptr<BlockLoader>* loader);
   Status budget(int64_t reserve_bytes, int64_t* bytes) const;
-  Status of_limit(VideoStage stage, int64_t budget_bytes, Status status) const;
+  Status of_limit(const Part& part, int64_t budget_bytes, Status status) const;
   Status restore(std::span<const uint8_t> state, size_t steps);
   Status progress(const VideoRun& run, VideoStage stage, int64_t done, int64_t total, double time) const;
   Status encode(std::span<const int64_t> tokens, const VideoRun& run);
   Status denoise(const VideoRun& run, const Settings& settings);
   Status evaluate(BlockLoader* loader, double time, bool merged, double guidance, bool more_follow);
   Status decode(const VideoRun& run);
+  Status decode_time(const VideoRun& run, Value* pictures);
+  Status decode_frames(const VideoRun& run, const Value& pictures);
   Status generate_running(std::span<const int64_t> tokens, const VideoRun& run);
   template <typename Body>
-  Status with_chain(VideoStage stage, int64_t reserve_bytes, const VideoRun& run, const Body& body);
+  Status with_chain(const Part& part, int64_t reserve_bytes, const VideoRun& run, const Body& body);
+
+  Part encoder() const { return {VideoStage::kEncode, "text_encoder", &bundle_.text_encoder}; }
+  Part denoiser() const { return {VideoStage::kDenoise, "denoiser", &bundle_.denoiser}; }
+  Part time_decoder() const { return {VideoStage::kDecode, "time_decoder", &bundle_.time_decoder}; }
+  Part frame_decoder() const { return {VideoStage::kDecode, "frame_decoder", &bundle_.frame_decoder}; }
 
   VideoBundle bundle_;
   VideoOptions options_;

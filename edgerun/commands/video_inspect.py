@@ -88,7 +88,7 @@ def least_memory_bytes(manifest: Mapping[str, Any]) -> int:
     """What the chain that needs most has in memory at least, with none of its programs loaded ahead.
 
     Its largest program while it loads, as the file's pages and packed; the values that its programs hand on, at their
-    largest; their planned activations; and in the decoder the clip itself.
+    largest; their planned activations; what XNNPACK takes while they execute; and in the decoders the clip itself.
     """
     programs = {program["name"]: program for program in manifest["programs"]}
     sizes, video = program_bytes(manifest), manifest["video"]
@@ -98,9 +98,12 @@ def least_memory_bytes(manifest: Mapping[str, Any]) -> int:
         values = {
             value["name"]: _value_bytes(value) for entry in entries for value in (*entry["inputs"], *entry["outputs"])
         }
-        clip = 3 * video["frames"] * video["height"] * video["width"] if chain == "decoder" else 0
-        planned = max(int(entry.get("planned_bytes") or 0) for entry in entries)
-        needs.append(2 * max(sizes[name] for name in names) + sum(values.values()) + planned + clip)
+        clip = 3 * video["frames"] * video["height"] * video["width"] if chain.endswith("_decoder") else 0
+        planned, arena = (
+            max(int(entry.get(name, 0)) for entry in entries) for name in ("planned_bytes", "arena_bytes")
+        )
+        loading = max(sizes[one["name"]] + max(sizes[one["name"]], int(one.get("table_bytes", 0))) for one in entries)
+        needs.append(loading + sum(values.values()) + planned + arena + clip)
     return max(needs)
 
 

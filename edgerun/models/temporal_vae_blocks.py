@@ -18,7 +18,8 @@ from torch import nn
 
 from edgerun.models.temporal_vae import CausalConv3d, ResidualBlock, VideoAutoencoder
 
-MOST_PARAMETERS = 45_000_000  # of a block; about one pair of blocks of STDiT3-XL/2
+Stage = Literal["time", "frames"]
+MOST_PARAMETERS = 15_000_000  # of a block; about one residual block over time of OpenSora-VAE-v1.2's widest level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +32,21 @@ class DecoderBlock:
     """
 
     name: str
-    stage: Literal["time", "frames"]
+    stage: Stage
     module: nn.Module
 
 
-def decoder_blocks(model: VideoAutoencoder, most_parameters: int = MOST_PARAMETERS) -> Iterator[DecoderBlock]:
-    """The blocks in order, made one at a time.
+def decoder_blocks(
+    model: VideoAutoencoder, most_parameters: int = MOST_PARAMETERS, stages: tuple[Stage, ...] = ("time", "frames")
+) -> Iterator[DecoderBlock]:
+    """The blocks of `stages` in order, made one at a time.
 
     Steps share a block while it has no more than most_parameters parameters; a step that has more is a block by itself.
     A block has copies of its convolutions over time; the rest it shares with `model`.
     """
-    stages: tuple[tuple[Literal["time", "frames"], list[_Step]], ...] = (
-        ("time", _time_steps(model)),
-        ("frames", _frame_steps(model)),
-    )
-    for stage, steps in stages:
-        for i, group in enumerate(_groups(steps, most_parameters)):
+    steps_of = {"time": _time_steps, "frames": _frame_steps}
+    for stage in stages:
+        for i, group in enumerate(_groups(steps_of[stage](model), most_parameters)):
             module = nn.Sequential(*(step.build() for step in group)).eval().requires_grad_(False)
             yield DecoderBlock(f"{stage}_{i}", stage, module)
 

@@ -30,7 +30,7 @@ class Progress:
     """Where a run stands, before each call of a chain of programs and at the end."""
 
     stage: Stage
-    done: int  # prompts, steps, or chunks of latents
+    done: int  # prompts, steps, or chunks of latents and then calls for frames
     total: int
     evaluations: int  # of the denoiser so far
     time: float  # of the diffusion: 1 is noise, 0 is data

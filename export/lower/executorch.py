@@ -27,6 +27,8 @@ class LoweredProgram:
 
     operators: tuple[str, ...]  # edgerun's own ops that it calls, sorted
     planned_bytes: int  # memory that the runtime plans for it: state and activations
+    arena_bytes: int  # most that XNNPACK takes beside that while it executes
+    table_bytes: int  # that XNNPACK keeps from its first execution until it is unloaded
 
 
 def lower(
@@ -38,8 +40,9 @@ def lower(
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
-    from edgerun.export.lower.spooled_xnnpack import SpoolingPartitioner, as_xnnpack
+    from edgerun.export.lower.spooled_xnnpack import SpoolingPartitioner, as_xnnpack, workspaces
     from edgerun.export.lower.xnnpack_rewrites import InferredReshapes, SlicesForSplits, spell_out_tanh_gelu
+    from edgerun.export.lower.xnnpack_workspace import peak_bytes
 
     # Beside the program: the same disk takes both, and an aborted export removes the folder with the bundle's.
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as spool:
@@ -53,6 +56,7 @@ def lower(
             constant_methods=constant_methods,
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
+        partitions = workspaces(edge.exported_program().graph_module, pathlib.Path(spool))
         as_xnnpack(edge.exported_program().graph_module)
         lowered = edge.to_executorch(ExecutorchBackendConfig())
         with path.open("wb") as file:
@@ -65,6 +69,8 @@ def lower(
     return LoweredProgram(
         operators=tuple(sorted({one.name for one in plan.operators if one.name.startswith("edgerun::")})),
         planned_bytes=sum(plan.non_const_buffer_sizes),
+        arena_bytes=peak_bytes([one.arena_bytes for one in partitions]),
+        table_bytes=sum(one.table_bytes for one in partitions),
     )
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import pathlib
 import tempfile
 
@@ -27,6 +29,7 @@ from torch.export.exported_program import ExportedProgram
 
 from edgerun.export.lower.xnnpack_configs import partitioner_configs
 from edgerun.export.lower.xnnpack_passes import needed_passes
+from edgerun.export.lower.xnnpack_workspace import Workspace, recorded_graphs, workspace_of
 
 _SPOOL = "edgerun_spool_folder"
 _SMALL_BYTES = 1 << 16  # smaller buffers stay in memory: a file each would cost more than it frees
@@ -64,14 +67,23 @@ class SpooledXnnpackBackend(BackendDetails):  # type: ignore[misc]
     def preprocess(edge_program: ExportedProgram, compile_specs: list[CompileSpec]) -> PreprocessResult:
         """XNNPACK's own result, its buffers moved to the spool folder."""
         folder = pathlib.Path(next(spec.value for spec in compile_specs if spec.key == _SPOOL).decode())
-        with needed_passes():
+        with needed_passes(), recorded_graphs() as graphs:
             result = XnnpackBackend.preprocess(edge_program, [])
+        (graph,) = graphs
+        _facts_path(folder, result.processed_bytes).write_text(json.dumps(dataclasses.asdict(workspace_of(graph))))
         store = result.data_store_output
         for index, buffer in enumerate(store.buffers):
             store.buffers[index] = _spooled(buffer, folder)
         return dataclasses.replace(
             result, data_store_output=NamedDataStoreOutput(store.buffers, store.pte_data, store.external_data)
         )
+
+
+def workspaces(graph_module: torch.fx.GraphModule, folder: pathlib.Path) -> list[Workspace]:
+    """Of the partitions of a lowered graph whose spool folder is `folder`, in the order in which they execute."""
+    calls = graph_module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.executorch_call_delegate)
+    modules = [getattr(graph_module, call.args[0].target) for call in calls]
+    return [Workspace(**json.loads(_facts_path(folder, one.processed_bytes).read_text())) for one in modules]
 
 
 def as_xnnpack(graph_module: torch.fx.GraphModule) -> None:
@@ -96,6 +108,10 @@ def _without_weights(program: ExportedProgram) -> ExportedProgram:
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         program.state_dict[name] = torch.nn.Parameter(shape_only, requires_grad=False) if is_parameter else shape_only
     return program
+
+
+def _facts_path(folder: pathlib.Path, partition: bytes) -> pathlib.Path:
+    return folder / f"{hashlib.sha256(partition).hexdigest()}.json"
 
 
 def _spooled(buffer: CordBuffer, folder: pathlib.Path) -> CordBuffer:

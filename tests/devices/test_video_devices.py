@@ -60,11 +60,12 @@ def test_a_board_makes_the_hosts_clip(board: Board, video: Bundle) -> None:
     here = VideoSession(video.path, threads=1).generate(TOKENS, seed=5)
     assert (there.clip.frames == here.frames).all() and (there.clip.latents == here.latents).all()
     assert there.clip.report["memory_limit_bytes"] == 10**9
-    chunks = -(-here.frames.shape[0] // video.manifest["video"]["decoder"]["frames_per_chunk"])
+    decoder = video.manifest["video"]["decoder"]
+    calls = sum(-(-here.frames.shape[0] // decoder[name]) for name in ("frames_per_chunk", "frames_per_call"))
     assert [(one.stage, one.done, one.total) for one in told] == [
         ("encode", 0, 1),
         *(("denoise", i, 4) for i in range(3)),  # then the leap
-        *(("decode", i, chunks) for i in range(chunks + 1)),
+        *(("decode", i, calls) for i in range(calls + 1)),
     ]
 
 

@@ -68,8 +68,9 @@ def test_programs_are_the_model_for_any_prompt(checkpoint: pathlib.Path, bundle:
     with torch.no_grad():
         video = vae.decode(x[:1], 12)[0]
     parts = zip(x[:1].split(3, 2), (5, 5, 2), strict=True)
-    chunks = [run_chain(bundle, "decoder", {"z": z})["frames"][:, -count:] for z, count in parts]
-    assert compare.relative_l2(torch.cat(chunks, 1).numpy(), video.numpy()) <= compare.tolerance("logits_fp32")
+    pictures = torch.cat([run_chain(bundle, "time_decoder", {"z": z})["chunk"][-count:] for z, count in parts])
+    frames = [run_chain(bundle, "frame_decoder", {"pictures": part})["frames"] for part in pictures.split(5)]
+    assert compare.relative_l2(torch.cat(frames, 1).numpy(), video.numpy()) <= compare.tolerance("logits_fp32")
 
 
 def test_the_manifest_has_what_a_session_needs(bundle: Bundle) -> None:
@@ -160,7 +161,8 @@ def test_the_last_chunk_of_open_sora(frames: int, latents: int, chunk: tuple[int
     source = VideoCheckpoint(tmp_path, tiny_video_checkpoint.DENOISER, VideoAutoencoderConfig(), VideoSettings())
     geometry = video_pipeline.Geometry.of(source, VideoRecipe(frames=frames, height=144, width=256))
     assert geometry.latent == (latents, 18, 32) and geometry.chunk_latents == chunk
-    assert geometry.limits("t", chunk[1]) == chunk and geometry.limits("f", 20) == (20 // chunk[1] * chunk[0], 20)
+    assert geometry.limits("t", chunk[1]) == chunk and geometry.limits("p", 1) == (1, 1)
+    assert geometry.limits("f", 20) == (20 // chunk[1] * chunk[0], 20)
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ class Blocks : public edgerun::BlockSource {
     loaded_[block] = 0;
     take(-real_[block].loaded_bytes);
   }
-  edgerun::Activations activations() override { return {activation_bytes, ahead_bytes}; }
+  edgerun::Activations activations() override { return {activation_bytes, ahead_bytes, resident_bytes}; }
 
   int64_t used() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -91,7 +91,7 @@ class Blocks : public edgerun::BlockSource {
   double load_ms = 0, execute_ms = 0;
   std::atomic<size_t> fails_at{kNobody}, throws_at{kNobody}, exits_at{kNobody};
   std::function<void(size_t)> on_execute;
-  std::atomic<int64_t> activation_bytes{0}, ahead_bytes{0};
+  std::atomic<int64_t> activation_bytes{0}, ahead_bytes{0}, resident_bytes{0};
   int loads[64] = {};
   std::vector<size_t> order_of_loads, executed;
 
@@ -256,6 +256,35 @@ void what_loading_ahead_costs_counts() {
   CHECK(blocks.take_peak() <= 30);
 }
 
+void what_a_block_that_stays_costs_counts() {
+  for (const auto& [extra, resident] : {std::pair(0, 2), std::pair(9, 1), std::pair(30, 0)}) {
+    Blocks blocks(costs(6));
+    blocks.activation_bytes = 5;
+    blocks.resident_bytes = extra;
+    const auto schedule = open(&blocks, costs(6), 1, 52);  // 5, two residents of 10, one that executes, one that loads
+    for (int pass = 0; pass < 3; ++pass) CHECK(schedule->run(true).ok());
+    CHECK(schedule->pass_stats().back().prefetch == 1);
+    CHECK(schedule->pass_stats().back().resident_blocks == resident);
+    CHECK(blocks.take_peak() <= 47 - (resident > 0 ? extra : 0));
+  }
+}
+
+void all_blocks_stay_rather_than_some_and_one_ahead() {
+  Blocks blocks(costs(6));
+  blocks.activation_bytes = 5;
+  blocks.ahead_bytes = 20;
+  const auto schedule = open(&blocks, costs(6), 1, 75);
+  for (int pass = 0; pass < 3; ++pass) CHECK(schedule->run(true).ok());
+  CHECK(schedule->pass_stats().back().prefetch == 0 && schedule->pass_stats().back().resident_blocks == 6);
+  CHECK(blocks.loads[5] == 2 && blocks.take_peak() <= 70);
+  Blocks once(costs(6));
+  once.activation_bytes = 5;
+  once.ahead_bytes = 20;
+  const auto single = open(&once, costs(6), 1, 75);  // nothing is worth keeping
+  CHECK(single->run(false).ok());
+  CHECK(single->pass_stats().back().prefetch == 1 && once.take_peak() <= 50);
+}
+
 void a_load_that_fails_ends_the_pass() {
   for (int64_t prefetch : {0, 1, 3}) {
     Blocks blocks(costs(6));
@@ -394,6 +423,8 @@ constexpr Case kCases[] = {CASE(every_depth_and_budget),
                            CASE(a_budget_below_one_block_is_refused),
                            CASE(activations_count),
                            CASE(what_loading_ahead_costs_counts),
+                           CASE(what_a_block_that_stays_costs_counts),
+                           CASE(all_blocks_stay_rather_than_some_and_one_ahead),
                            CASE(a_load_that_fails_ends_the_pass),
                            CASE(a_thread_that_dies_is_reported),
                            CASE(a_thread_that_cannot_start_is_reported),

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgerun.bundle import SCHEMA_VERSION, sha256_of
-from edgerun.export.lower.executorch import lower
+from edgerun.export.lower.executorch import LoweredProgram, lower
 
 CHANNELS, FRAMES, ROWS, COLUMNS = 4, 5, 4, 6  # of the latent
 WIDTH, HEADS = 32, 2
 HEAD_SIZE = WIDTH // HEADS
 CAPTION, MAX_TOKENS, VOCABULARY = 16, 8, 40
 LATENTS_PER_CHUNK, FRAMES_PER_CHUNK, VIDEO_FRAMES = 2, 3, 7  # a latent is two frames, a chunk's first is dropped
+FRAMES_PER_CALL = 2
 GUIDANCE, FPS = 3.0, 8.0
 TIMES = [0.2 + 0.8 * (1 - i / 6) for i in range(6)]
 MERGED = [[0], [1, 2], [3, 4]]
@@ -143,10 +144,9 @@ class Part:
     module: nn.Module
     inputs: dict[str, tuple[torch.Tensor, dict[int, str]]]
     outputs: tuple[str, ...]
-    activation_bytes: int = 0
 
 
-LIMITS = {"n": (1, MAX_TOKENS), "m": (1, FRAMES), "t": (1, LATENTS_PER_CHUNK), "f": (2, 2 * LATENTS_PER_CHUNK)}
+LIMITS = {"n": (1, MAX_TOKENS), "m": (1, FRAMES), "t": (1, LATENTS_PER_CHUNK), "f": (1, FRAMES_PER_CALL)}
 
 
 def matrices(groups: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,11 +186,10 @@ class TinyVideo:
             "cosines": (cosines, {0: "m"}),
             "sines": (sines, {0: "m"}),
         }
-        activation_bytes = 2 * 4 * 2 * FRAMES * ROWS * COLUMNS * hidden  # up, and what silu makes of it, in float32
         times, fps = torch.rand(2), torch.rand(2)  # two tensors: export takes one given twice for one input
         embed = {"x": (latents, {}), "time": (times, {}), "fps": (fps, {}), "y": (text, {1: "n"})}
         z = torch.randn(1, CHANNELS, LATENTS_PER_CHUNK, ROWS, COLUMNS)
-        features = torch.randn(2 * LATENTS_PER_CHUNK, 8, ROWS, COLUMNS)
+        pictures = torch.randn(FRAMES_PER_CALL, 8, ROWS, COLUMNS)
         self.chains: dict[str, list[Part]] = {
             "text_encoder": [
                 Part("text_embedding", TextEmbedding(), {"tokens": (tokens, {1: "n"})}, ("hidden",)),
@@ -198,13 +197,11 @@ class TinyVideo:
             ],
             "denoiser": [
                 Part("embed", Embed(), embed, ("x", "t", "y")),
-                *(Part(f"pair_{i}", Pair(hidden), pair, ("x",), activation_bytes) for i in range(pairs)),
+                *(Part(f"pair_{i}", Pair(hidden), pair, ("x",)) for i in range(pairs)),
                 Part("finish", Finish(), {"x": (x, {}), "t": (t, {})}, ("v",)),
             ],
-            "decoder": [
-                Part("decode_time", DecodeTime(), {"z": (z, {2: "t"})}, ("features",)),
-                Part("decode_frames", DecodeFrames(), {"features": (features, {0: "f"})}, ("frames",)),
-            ],
+            "time_decoder": [Part("decode_time", DecodeTime(), {"z": (z, {2: "t"})}, ("chunk",))],
+            "frame_decoder": [Part("decode_frames", DecodeFrames(), {"pictures": (pictures, {0: "f"})}, ("frames",))],
         }
         middle = self.chains["denoiser"]
         middle[1:-1] = [part for part in middle[1:-1] for _ in range(repeats)]
@@ -241,10 +238,10 @@ class TinyVideo:
         """x [C, T, h, w] → uint8 [frames, H, W, 3]."""
         kept = []
         for chunk, start in enumerate(range(0, FRAMES, LATENTS_PER_CHUNK)):
-            frames = self.run("decoder", z=x[None, :, start : start + LATENTS_PER_CHUNK])["frames"]
+            pictures = self.run("time_decoder", z=x[None, :, start : start + LATENTS_PER_CHUNK])["chunk"]
             wanted = min(FRAMES_PER_CHUNK, VIDEO_FRAMES - chunk * FRAMES_PER_CHUNK)
-            kept.append(frames[:, frames.shape[1] - wanted :])
-        pixels = (torch.cat(kept, dim=1) + 1) / 2
+            kept.append(pictures[len(pictures) - wanted :])
+        pixels = (self.run("frame_decoder", pictures=torch.cat(kept))["frames"] + 1) / 2
         return (pixels * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
 
     def sample(
@@ -266,8 +263,8 @@ class TinyVideo:
             dimensions = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in LIMITS.items()}
             shapes = tuple({i: dimensions[name] for i, name in free.items()} for _, free in part.inputs.values())
             examples = tuple(example for example, _ in part.inputs.values())
-            lower(torch.export.export(part.module, examples, dynamic_shapes=shapes), path, {})
-            programs.append(_entry(part))
+            lowered = lower(torch.export.export(part.module, examples, dynamic_shapes=shapes), path, {})
+            programs.append(_entry(part, lowered))
         merge, unmerge, positions = matrices(MERGED)
         files = sorted(folder.glob("programs/*.pte"))
         manifest = {
@@ -291,7 +288,11 @@ class TinyVideo:
                     "unmerge": unmerge.tolist(),
                     "positions": positions.tolist(),
                 },
-                "decoder": {"latents_per_chunk": LATENTS_PER_CHUNK, "frames_per_chunk": FRAMES_PER_CHUNK},
+                "decoder": {
+                    "latents_per_chunk": LATENTS_PER_CHUNK,
+                    "frames_per_chunk": FRAMES_PER_CHUNK,
+                    "frames_per_call": FRAMES_PER_CALL,
+                },
             },
             "files": {
                 file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
@@ -302,7 +303,7 @@ class TinyVideo:
         return folder
 
 
-def _entry(part: Part) -> dict[str, Any]:
+def _entry(part: Part, lowered: LoweredProgram) -> dict[str, Any]:
     inputs = []
     for name, (example, free) in part.inputs.items():
         shape = [free.get(i, size) for i, size in enumerate(example.shape)]
@@ -313,7 +314,8 @@ def _entry(part: Part) -> dict[str, Any]:
     file = f"programs/{part.name}.pte"
     return {"name": part.name, "file": file, "target": "executorch-xnnpack", "operators": [], "inputs": inputs} | {
         "outputs": outputs,
-        "activation_bytes": part.activation_bytes,
+        "arena_bytes": lowered.arena_bytes,
+        "table_bytes": lowered.table_bytes,
     }
 
 
