@@ -3,10 +3,10 @@
 // ("x" → "x"). BlockSchedule decides which programs are in memory; this makes them real, and measures them.
 //
 // A loaded program costs what XNNPACK packed, which is anonymous memory, what of its file stays mapped, and the tables
-// that it makes when it is first executed; while it loads, the file's pages come on top. Packing is measured, by what the
-// process grows by, on the chain's first pass when more follow, and so are values, planned memory and workspaces. Until
-// then, and where it is more, what the programs state counts. What the C library would keep of an unloaded program is given back at once, for which the first chain of
-// a process changes its allocator's thresholds.
+// that it makes when it is first executed; while it loads, the file's pages come on top. Packing is measured, by what
+// the process grows by, on the chain's first pass when more follow, and so are values, planned memory and workspaces.
+// Until then, and where it is more, what the programs state counts. What the C library would keep of an unloaded program
+// is given back at once, for which the first chain of a process changes its allocator's thresholds.
 #pragma once
 
 #include <cstdint>
