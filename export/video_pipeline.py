@@ -5,6 +5,7 @@ one block is in memory at a time. What the modules made on their way is the bund
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import pathlib
@@ -20,7 +21,8 @@ from edgerun import compare
 from edgerun.bundle import Bundle, BundleWriter, check_target, existing_build
 from edgerun.checkpoint import Progress
 from edgerun.errors import ExportError, ParityError
-from edgerun.export.lower.executorch import TARGET, lower
+from edgerun.export.lower.executorch import TARGET
+from edgerun.export.lower.program_templates import ProgramTemplates
 from edgerun.export.video_blocks import (
     Block,
     Geometry,
@@ -119,6 +121,7 @@ def _export_chain(
     Errors are relative L2. parity: of the program against its module. quantization: of a module that was quantised
     against the same module in float32.
     """
+    templates = ProgramTemplates()
     for index, block in enumerate(blocks):
         if progress is not None:
             progress(f"export {chain.replace('_', ' ')}: {block.name}", 1.0 - 0.85**index)
@@ -130,10 +133,14 @@ def _export_chain(
             if recipe.quantize != "none" and block.quantize():
                 exact, results = results, _results(block, arguments)
                 errors["quantization"] = _worst_error(results, exact)
-            program = torch.export.export(
-                block.module, arguments, dynamic_shapes=_dynamic_shapes(block, arguments, geometry), strict=False
+            export = functools.partial(
+                torch.export.export,
+                block.module,
+                arguments,
+                dynamic_shapes=_dynamic_shapes(block, arguments, geometry),
+                strict=False,
             )
-            lowered = lower(program, writer.folder / file, {"edgerun_build": build})
+            lowered = templates.lower(export, writer.folder / file, {"edgerun_build": build})
         errors["parity"] = _worst_error(_run_program(writer.folder / file, arguments, len(results)), results)
         if (short := _last_part(block, arguments, geometry)) is not None:
             with torch.no_grad():
@@ -158,7 +165,7 @@ def _export_chain(
             "table_bytes": lowered.table_bytes,
         }
         yield facts, errors
-        del block, program, lowered
+        del block, export, lowered
         gc.collect()
     if progress is not None:
         progress(f"export {chain.replace('_', ' ')}", 1.0)

@@ -47,7 +47,7 @@ class Method:
     """A way to run the bundle. steps: None for the bundle's own."""
 
     name: str
-    leap: Leap = Leap("none")
+    leap: Leap = dataclasses.field(default_factory=lambda: Leap("none"))
     merge_steps: int = 0
     steps: int | None = None
     memory_limit_bytes: int | None = None
@@ -192,7 +192,7 @@ def _facts(model: str, bundle: Bundle, caption: str) -> tuple[tuple[str, Cell], 
 
 def _note(video: dict[str, Any]) -> str:
     return (
-        "The same noise for all. PSNR and SSIM are against the reference's clip; colour, shape and motion are read back "
-        f"from the pixels. {video['steps']} steps but for the reference. With a limit, programs stream from the disk "
-        "and the whole process stays below it; without, every program is in memory."
+        "The same noise for all. PSNR and SSIM are against the reference's clip; colour, shape and motion are read "
+        f"back from the pixels. {video['steps']} steps but for the reference. With a limit, programs stream from the "
+        "disk and the whole process stays below it; without, every program is in memory."
     )

@@ -48,7 +48,7 @@ def lower(
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as spool:
         warnings.simplefilter("ignore")  # that state starts undefined is intended: input_pos 0 drops it
         spell_out_tanh_gelu(program)
-        _own_storage(program)
+        own_storage(program)
         edge = to_edge_transform_and_lower(
             program,
             transform_passes=[SlicesForSplits(), InferredReshapes()],
@@ -74,7 +74,7 @@ def lower(
     )
 
 
-def _own_storage(program: torch.export.ExportedProgram) -> None:
+def own_storage(program: torch.export.ExportedProgram) -> None:
     """Copy every weight that is a part of a bigger tensor: the writer would store that one's first bytes for it."""
     for tensors in (program.state_dict, program.constants):
         for name, tensor in tensors.items():

@@ -102,7 +102,17 @@ def activations(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x) * torch.softmax(x, -1)
 
 
-@pytest.mark.parametrize("then", [rotate, split, activations])
+def attention(x: torch.Tensor) -> torch.Tensor:
+    normal = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+    return torch.bmm(torch.bmm(normal, x.transpose(1, 2)).softmax(-1), x)
+
+
+def convolution(x: torch.Tensor) -> torch.Tensor:
+    picture = x.view(1, x.shape[1], 4, 4).transpose(0, 1)
+    return nn.functional.conv2d(nn.functional.pad(picture, (1, 1, 1, 1)), torch.ones(2, 1, 3, 3)) + 1.0
+
+
+@pytest.mark.parametrize("then", [rotate, split, activations, attention, convolution])
 def test_passes_left_out_change_no_byte(
     then: Callable[[torch.Tensor], torch.Tensor], lowered: Lower, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,123 @@
+"""Programs that are written from another's file, against what lowering itself writes for them."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from edgerun.export.lower import executorch, program_templates
+from edgerun.export.lower.program_templates import ProgramTemplates
+from edgerun.techniques.weight_quantization import quantize_linears
+
+METHODS = {"edgerun_build": "0123"}
+
+
+class Mixed(nn.Module):
+    """Weights of every kind: of partitions and outside them, whole and in slices, in another order in the file."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(64, 96), nn.Linear(96, 64, bias=False), nn.LayerNorm(64)
+        self.filters, self.table = nn.Conv2d(4, 8, 3, padding=1), nn.Embedding(50, 64)
+        self.modulation, self.small = nn.Parameter(torch.randn(3, 64)), nn.Parameter(torch.full((1,), 0.5))
+        self.scale = scale
+
+    def forward(
+        self, x: torch.Tensor, picture: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.relu(self.up(self.norm(x) + self.table(tokens)))
+        y = self.down(hidden) * self.modulation[0] + self.modulation[1]
+        return y * self.scale * self.small, self.filters(picture)
+
+
+def exported(module: nn.Module) -> torch.export.ExportedProgram:
+    arguments = (torch.randn(1, 5, 64), torch.randn(1, 4, 8, 8), torch.tensor([[1, 2, 3, 4, 5]]))
+    return torch.export.export(module.eval().requires_grad_(False), arguments, strict=False)
+
+
+def mixed(seed: int, *, quantize: bool = False) -> Mixed:
+    torch.manual_seed(seed)
+    module = Mixed()
+    if quantize:
+        quantize_linears(module, "int8")
+    return module
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were lowered, one after another."""
+    names: list[str] = []
+
+    def counted(program: torch.export.ExportedProgram, path: pathlib.Path, methods: dict) -> executorch.LoweredProgram:
+        names.append(path.stem)
+        return executorch.lower(program, path, methods)
+
+    monkeypatch.setattr(program_templates, "lower", counted)
+    return names
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_files_are_those_that_lowering_writes(tmp_path: pathlib.Path, lowered: list[str], quantize: bool) -> None:
+    templates = ProgramTemplates()
+    for seed in range(3):
+        path, alone = tmp_path / f"{seed}.pte", tmp_path / "alone.pte"
+        facts = templates.lower(functools.partial(exported, mixed(seed, quantize=quantize)), path, METHODS)
+        assert facts == executorch.lower(exported(mixed(seed, quantize=quantize)), alone, METHODS)
+        assert path.read_bytes() == alone.read_bytes()
+    assert lowered == ["0"]
+
+
+def changed_value(module: Mixed) -> None:
+    module.small.add_(1.0)  # too small to be told from what else is in a file
+
+
+def changed_code(module: Mixed) -> None:
+    module.scale = 2.0
+
+
+def changed_shape(module: Mixed) -> None:
+    module.table = nn.Embedding(51, 64, _weight=torch.arange(51.0 * 64).reshape(51, 64))
+
+
+def changed_dtype(module: Mixed) -> None:
+    module.modulation = nn.Parameter(module.modulation.double())
+
+
+@pytest.mark.parametrize("change", [changed_value, changed_code, changed_shape, changed_dtype])
+def test_what_differs_is_lowered_itself(
+    tmp_path: pathlib.Path, lowered: list[str], change: Callable[[Mixed], None]
+) -> None:
+    templates = ProgramTemplates()
+    templates.lower(lambda: exported(mixed(0)), tmp_path / "first.pte", METHODS)
+    with torch.no_grad():
+        one, same = mixed(1), mixed(1)
+        change(one)
+        change(same)
+    templates.lower(lambda: exported(one), tmp_path / "other.pte", METHODS)
+    executorch.lower(exported(same), tmp_path / "alone.pte", METHODS)
+    assert lowered == ["first", "other"]
+    assert (tmp_path / "other.pte").read_bytes() == (tmp_path / "alone.pte").read_bytes()
+
+
+def test_a_weight_that_lowering_computed_with_stays(
+    tmp_path: pathlib.Path, lowered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it cannot be found: the file is made again with its own values, and serves only who has the same."""
+    own = program_templates._places
+    monkeypatch.setattr(
+        program_templates,
+        "_places",
+        lambda path, tensors: own(path, {name: one for name, one in tensors.items() if name != "up.weight"}),
+    )
+    templates, first, other, same = ProgramTemplates(), mixed(0), mixed(1), mixed(2)
+    same.up.weight.data.copy_(first.up.weight)
+    for name, module in (("first", first), ("other", other), ("same", same)):
+        templates.lower(functools.partial(exported, module), tmp_path / f"{name}.pte", METHODS)
+        executorch.lower(exported(module), tmp_path / "alone.pte", METHODS)
+        assert (tmp_path / f"{name}.pte").read_bytes() == (tmp_path / "alone.pte").read_bytes()
+    assert lowered == ["first", "first", "other"]
