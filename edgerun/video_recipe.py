@@ -68,11 +68,8 @@ class VideoRecipe:
         return self.merge_steps > 0 or self.merge_possible
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values. `quantize` only where it is int8: the hash of other recipes stays what it was."""
-        values = {**dataclasses.asdict(self), "merge_parts": list(self.merge_parts)}
-        if self.quantize == "none":
-            del values["quantize"]
-        return values
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "merge_parts": list(self.merge_parts)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> VideoRecipe:
