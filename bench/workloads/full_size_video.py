@@ -33,6 +33,7 @@ from edgerun.errors import EdgerunError, ParityError
 
 BOX = 1.1  # times the limit
 TWO_STEPS = "1,0.5"
+PLAIN, MERGED = ("--merge-steps", "0"), ("--merge-steps", "2")  # TDTM, in the parts that are the default
 SMALL_TOKENS, LONG_TOKENS = 20, 300
 
 
@@ -67,13 +68,16 @@ class Case:
 def cases(name: str) -> list[Case]:
     """The runs of a model, in order."""
     if name == "denoiser":
-        one, two = ("--times", "1"), ("--times", TWO_STEPS)
+        one, two = ("--times", "1", *PLAIN), ("--times", TWO_STEPS, *PLAIN)
+        merged = ("--times", TWO_STEPS, *MERGED)
         return [
             Case("one step, no limit", one, "denoise", limited=False),
             Case("one step", one, "denoise", same_as="one step, no limit"),
             Case("two steps, all resident", two, "denoise", limited=False),
             Case("two steps", two, "denoise", same_as="two steps, all resident"),
             Case("two steps, no prefetch", (*two, "--prefetch", "0"), "denoise", same_as="two steps, all resident"),
+            Case("two merged steps, all resident", merged, "denoise", limited=False),
+            Case("two merged steps", merged, "denoise", same_as="two merged steps, all resident"),
             Case("one step, smallest limit", one, "denoise", same_as="one step, no limit", least=1.05),
             Case("half the smallest limit", one, "denoise", least=0.5, fails=True),
             Case("two steps, the box alone", two, "denoise", box_alone=True, fails=True),
@@ -223,6 +227,7 @@ def measure_model(model: Model, plan: Plan, work: pathlib.Path, results: ResultF
         options = ["--frames", "17", "--height", "64", "--width", "64"]
         if model.name == "denoiser":
             options = ["--frames", str(plan.frames), "--height", str(plan.height), "--width", str(plan.width)]
+            options += ["--tdtm", "0"]  # possible, and asked for by the run
         options += ["--quantize", model.quantize]
         exported = export_in_child(folder, bundle, options)
         manifest = Bundle.open(bundle).manifest
