@@ -44,7 +44,7 @@ _OPEN = {
     "pictures": {0: "p"},
     "frames": {1: "p"},
 }
-# Of the largest value of a call of the decoder on frames. What the call needs in all is about six times as much.
+# Of the largest value of a call of the decoder on frames; what the call needs in all is a few times as much.
 _CALL_BYTES = 64 << 20
 
 

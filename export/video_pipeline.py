@@ -133,14 +133,14 @@ def _export_chain(
             if recipe.quantize != "none" and block.quantize():
                 exact, results = results, _results(block, arguments)
                 errors["quantization"] = _worst_error(results, exact)
-            export = functools.partial(
+            make_program = functools.partial(
                 torch.export.export,
                 block.module,
                 arguments,
                 dynamic_shapes=_dynamic_shapes(block, arguments, geometry),
                 strict=False,
             )
-            lowered = templates.lower(export, writer.folder / file, {"edgerun_build": build})
+            lowered = templates.lower(make_program, writer.folder / file, {"edgerun_build": build})
         errors["parity"] = _worst_error(_run_program(writer.folder / file, arguments, len(results)), results)
         if (short := _last_part(block, arguments, geometry)) is not None:
             with torch.no_grad():
@@ -165,7 +165,7 @@ def _export_chain(
             "table_bytes": lowered.table_bytes,
         }
         yield facts, errors
-        del block, export, lowered
+        del block, make_program, lowered
         gc.collect()
     if progress is not None:
         progress(f"export {chain.replace('_', ' ')}", 1.0)

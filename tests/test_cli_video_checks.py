@@ -143,7 +143,7 @@ def test_least_memory_is_the_chain_that_needs_most() -> None:
     manifest = {
         "programs": [
             program("a", 1000, value("x", "n", 5), value("y", 7)),
-            program("b", 3000, value("y", 7), value("y", 7)),
+            program("b", 3000, value("y", 7), value("y", 3)),  # a name that is bound anew
             program("c", 0, value("z", 1), value("frames", 3, 2, 4, 5)),
         ],
         "files": {"a": {"bytes": 100}, "b": {"bytes": 90}, "c": {"bytes": 200}},

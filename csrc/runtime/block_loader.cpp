@@ -22,10 +22,9 @@ class BlockLoader::Source final : public BlockSource {
     for (int64_t i = 0; i <= options.prefetch; ++i) workspaces_.push_back(std::make_unique<WorkspaceKey>());
     users_.resize(workspaces_.size());
     // Programs that stay share a workspace. Where one needs more, the larger one is there before the smaller one goes.
+    for (const ChainProgram& program : programs) arena_bytes_ = std::max(arena_bytes_, program.arena_bytes);
     for (const ChainProgram& program : programs) {
-      if (program.arena_bytes <= arena_bytes_) continue;
-      growing_bytes_ = std::max(growing_bytes_, program.arena_bytes + arena_bytes_);
-      arena_bytes_ = program.arena_bytes;
+      if (program.arena_bytes < arena_bytes_) outgrown_bytes_ = std::max(outgrown_bytes_, program.arena_bytes);
     }
   }
 
@@ -91,7 +90,7 @@ class BlockLoader::Source final : public BlockSource {
   Activations activations() override {
     const int64_t now = value_bytes(), values = std::max(now, value_bytes_);
     const int64_t stated = values + static_cast<int64_t>(planned_.size()) + arena_bytes_;
-    if (arena_bytes_ > 0) return {std::max(stated, measured_bytes_), arena_bytes_, growing_bytes_ - arena_bytes_};
+    if (arena_bytes_ > 0) return {std::max(stated, measured_bytes_), arena_bytes_, outgrown_bytes_};
     if (measured_bytes_ == 0) return {stated, 0};
     return {std::max(measured_bytes_, values), std::max<int64_t>(measured_bytes_ - now, 0)};
   }
@@ -124,7 +123,7 @@ class BlockLoader::Source final : public BlockSource {
 
   const std::vector<ChainProgram>& programs_;
   const int64_t value_bytes_;
-  int64_t arena_bytes_ = 0, growing_bytes_ = 0;  // of a workspace, at most: as it is, and with one that it outgrows
+  int64_t arena_bytes_ = 0, outgrown_bytes_ = 0;  // of a workspace, at most, and of one that grows to it
   Values* const values_;
   std::vector<std::unique_ptr<WorkspaceKey>> workspaces_;
   LazyMemory planned_;

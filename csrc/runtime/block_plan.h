@@ -25,11 +25,11 @@ struct BlockPlan {
 
 // What is not a block: values, and what executing needs.
 struct Activations {
-  int64_t bytes = 0;           // while blocks are loaded and executed in turn
-  int64_t ahead_bytes = 0;     // more, for every block that may be loaded ahead of the executing one
-  int64_t resident_bytes = 0;  // more, as soon as a block stays
+  int64_t bytes = 0;          // while blocks are loaded and executed in turn
+  int64_t ahead_bytes = 0;    // more, for every block that may be loaded ahead of the executing one
+  int64_t growing_bytes = 0;  // more, as soon as a block stays: what the others share then grows in place
   int64_t with(const BlockPlan& plan) const {
-    return bytes + plan.prefetch * ahead_bytes + (plan.resident > 0 ? resident_bytes : 0);
+    return bytes + plan.prefetch * ahead_bytes + (plan.resident > 0 ? growing_bytes : 0);
   }
 };
 

@@ -358,7 +358,9 @@ Status BlockSchedule::run(bool more_follow) {
   running_ = true;
   cancelled_ = false;
   activations_ = source_->activations();
-  again_ = more_follow || wanted_;
+  // Where nothing is loaded from the pass before, the last of several is one of its own.
+  again_ = more_follow || std::any_of(blocks_.begin(), blocks_.end(),
+                                      [](const Block& block) { return block.state != State::kAbsent; });
   plan_ = plan_blocks(costs(), options_.prefetch, activations_, budget_bytes_, again_);
   more_follow_ = more_follow;
   measuring_ = more_follow && !measured_ && budget_bytes_ != kUnlimitedBytes;

@@ -1,6 +1,7 @@
 #include "csrc/runtime/video_bundle.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <set>
@@ -44,9 +45,10 @@ Status read_matrix(const json::Value& list, const std::string& name, size_t rows
                  std::to_string(columns) + ": export the bundle again");
 }
 
-constexpr int64_t kMostValueBytes = int64_t{1} << 50;  // more is no size, and sums of it are none either
+// More is no size. Sums and products of a few stay in 64 bits.
+constexpr int64_t kMostBytes = int64_t{1} << 50, kMostSize = int64_t{1} << 20;
 
-// Of a value at its largest; 0: the manifest does not tell.
+// Of a value at its largest; 0: the manifest does not tell, above kMostBytes: no size.
 int64_t most_bytes(const json::Value& value) {
   std::string dtype;
   if (!value.get("dtype").as(&dtype)) return 0;
@@ -61,7 +63,9 @@ int64_t most_bytes(const json::Value& value) {
     } else {
       (void)dimension.as(&size);
     }
-    bytes = size <= 0 || bytes > kMostValueBytes / size ? 0 : bytes * size;
+    if (size <= 0) return 0;
+    if (bytes > kMostBytes / size) return kMostBytes + 1;
+    bytes *= size;
   }
   return value.get("shape").items().empty() ? 0 : bytes;
 }
@@ -74,7 +78,18 @@ Status read_values(const json::Value& list, const std::string& program, Chain* c
       return corrupt("manifest.json: a value of program '" + program + "' has no name: export the bundle again");
     }
     names->push_back(name);
-    (*bytes)[name] = std::max((*bytes)[name], most_bytes(item));
+    const int64_t most = most_bytes(item);
+    if (most > kMostBytes) {
+      return corrupt("manifest.json: value '" + name + "' of program '" + program + "' is of no size: export again");
+    }
+    (*bytes)[name] = std::max((*bytes)[name], most);
+    int64_t pictures = 0;
+    if (name == "pictures" && chain->picture_bytes == 0 && most > 0 && item.get("shape").items().size() == 4) {
+      chain->picture_bytes = 4;
+      for (size_t i = 1; i < 4; ++i) {
+        chain->picture_bytes *= item.get("shape").items()[i].as(&pictures) ? pictures : 0;
+      }
+    }
     const std::vector<json::Value>& shape = item.get("shape").items();
     if (name == "tokens" && shape.size() == 2) {
       std::string symbol;
@@ -119,14 +134,18 @@ Status read_chain(const json::Value& manifest, const std::string& name, Chain* c
     }
     (void)entry->get("arena_bytes").as(&program.arena_bytes);
     (void)entry->get("table_bytes").as(&program.table_bytes);
-    if (program.arena_bytes < 0 || program.table_bytes < 0) {
+    if (std::min(program.arena_bytes, program.table_bytes) < 0 ||
+        std::max(program.arena_bytes, program.table_bytes) > kMostBytes) {
       return corrupt("manifest.json: program '" + program.name + "' states " + std::to_string(program.arena_bytes) +
                      " and " + std::to_string(program.table_bytes) + " bytes for XNNPACK: export the bundle again");
     }
     files->insert(program.path);
     chain->programs.push_back(std::move(program));
   }
-  for (const auto& [value, most] : bytes) chain->value_bytes += most;
+  for (const auto& [value, most] : bytes) {
+    chain->value_bytes += most;
+    if (chain->value_bytes > kMostBytes) return corrupt("manifest.json: the values of '" + name + "' are of no size");
+  }
   if (!chain->programs.empty()) return Status();
   return corrupt("manifest.json has no chain '" + name + "': export the bundle again");
 }
@@ -225,12 +244,29 @@ Status read_video(const json::Value& video, VideoBundle* bundle) {
                                                     {"decoder.frames_per_call", &bundle->frames_per_call}};
   for (const auto& [name, target] : sizes) {
     if (Status status = require_at_least(1, video, name, target); !status.ok()) return status;
+    if (*target > kMostSize) {
+      return corrupt("manifest.json: video." + std::string(name) + " is " + std::to_string(*target) +
+                     ", which is no size: export the bundle again");
+    }
+  }
+  for (const std::array<int64_t, 4>& factors :
+       {std::array{bundle->frames, bundle->height, bundle->width, int64_t{1}},
+        std::array{bundle->channels, bundle->latent_frames, bundle->latent_height, bundle->latent_width}}) {
+    int64_t product = 1;
+    for (const int64_t factor : factors) product = product > kMostBytes / factor ? kMostBytes : product * factor;
+    if (product >= kMostBytes / 8) {
+      return corrupt("manifest.json: video.frames, height and width, or those of its latent, are together no size");
+    }
+  }
+  if (bundle->frames_per_call > bundle->frames_per_chunk) {
+    return corrupt("manifest.json: video.decoder.frames_per_call is " + std::to_string(bundle->frames_per_call) +
+                   ", more than the " + std::to_string(bundle->frames_per_chunk) + " frames of a chunk: export again");
   }
   if (Status status = require(video, "fps", &bundle->fps); !status.ok()) return status;
   if (Status status = require(video, "guidance", &bundle->guidance); !status.ok()) return status;
   if (Status status = read_numbers(video.get("times"), "video.times", &bundle->times); !status.ok()) return status;
   if (bundle->times.empty()) return corrupt("manifest.json has no usable 'video.times': export the bundle again");
-  if ((bundle->frames + bundle->frames_per_chunk - 1) / bundle->frames_per_chunk != bundle->chunks()) {
+  if ((bundle->frames - 1) / bundle->frames_per_chunk + 1 != bundle->chunks()) {
     return corrupt("manifest.json: " + std::to_string(bundle->frames) + " frames and " +
                    std::to_string(bundle->latent_frames) + " latents are not the same number of chunks: export again");
   }

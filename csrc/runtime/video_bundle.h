@@ -62,6 +62,7 @@ struct Chain {
   int64_t value_bytes = 0;                       // of all values at once, at their largest
   std::array<int64_t, 2> token_limits = {1, 0};  // of the input "tokens"
   int64_t head_size = 0;                         // of the input "cosines"; 0: there is none
+  int64_t picture_bytes = 0;                     // of one of the input "pictures"; 0: there is none
 };
 
 struct VideoBundle {
@@ -80,8 +81,9 @@ struct VideoBundle {
 
   int64_t latent_elements() const { return channels * latent_frames * latent_height * latent_width; }
   int64_t frame_bytes() const { return 3 * frames * height * width; }
-  int64_t chunks() const { return (latent_frames + latents_per_chunk - 1) / latents_per_chunk; }
-  int64_t frame_calls() const { return (frames + frames_per_call - 1) / frames_per_call; }
+  int64_t picture_bytes() const { return frames * frame_decoder.picture_bytes; }  // of all of the clip
+  int64_t chunks() const { return (latent_frames - 1) / latents_per_chunk + 1; }
+  int64_t frame_calls() const { return (frames - 1) / frames_per_call + 1; }
 };
 
 // With `verify`, the programs' sha256 are compared too. kNotFound, kCorrupt as for a text bundle; kCorrupt also when

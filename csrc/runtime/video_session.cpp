@@ -84,7 +84,8 @@ Status VideoSession::open(const std::string& bundle, const VideoOptions& options
   // Everything that can be known now fails now, not after minutes: programs, operators, and a limit below a block.
   for (const Part& part : {opened->encoder(), opened->denoiser(), opened->time_decoder(), opened->frame_decoder()}) {
     std::unique_ptr<BlockLoader> loader;
-    const int64_t reserve = part.stage == VideoStage::kDecode ? opened->bundle_.frame_bytes() : 0;
+    const int64_t decoding = opened->bundle_.frame_bytes() + opened->bundle_.picture_bytes();
+    const int64_t reserve = part.stage == VideoStage::kDecode ? decoding : 0;
     if (Status status = opened->open_chain(part, reserve, nullptr, &loader); !status.ok()) return status;
   }
   *session = std::move(opened);
@@ -144,10 +145,10 @@ Status VideoSession::with_chain(const Part& part, int64_t reserve_bytes, const V
     active_ = loader.get();
     if (memory_limit_bytes_ > 0) active_base_bytes_ = memory_limit_bytes_ - loader->schedule().budget_bytes();
   }
-  Status status = of_limit(part, loader->schedule().budget_bytes(), body(loader.get()));
+  Status status;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    active_ = nullptr;
+    const ActiveScope scope(this);  // also where the body throws
+    status = of_limit(part, loader->schedule().budget_bytes(), body(loader.get()));
   }
   Stage& stage = stages_[static_cast<int>(part.stage)];
   stage.chains.add(loader.get());
@@ -316,8 +317,7 @@ Status VideoSession::decode(const VideoRun& run) {
 Status VideoSession::decode_time(const VideoRun& run, Value* pictures) {
   const int64_t plane = bundle_.latent_height * bundle_.latent_width;
   const int64_t chunks = bundle_.chunks(), calls = chunks + bundle_.frame_calls();
-  // The caller's frames may not be in RAM yet. A picture has about a latent's size.
-  const int64_t reserve = bundle_.frame_bytes() + bundle_.frames * bundle_.channels * plane * 4;
+  const int64_t reserve = bundle_.frame_bytes() + bundle_.picture_bytes();  // the caller's may not be in RAM yet
   return with_chain(time_decoder(), reserve, run, [&](BlockLoader* loader) -> Status {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (Status status = progress(run, VideoStage::kDecode, chunk, calls, 0.0); !status.ok()) return status;

@@ -88,6 +88,14 @@ class VideoSession {
     double wall_ms = 0.0;
     ChainStats chains;  // without blocks: it did not run
   };
+  struct ActiveScope {  // at its end no chain is the active one
+    explicit ActiveScope(VideoSession* owner) : session(owner) {}
+    ~ActiveScope() {
+      const std::lock_guard<std::mutex> lock(session->mutex_);
+      session->active_ = nullptr;
+    }
+    VideoSession* const session;
+  };
   struct Part {  // of a bundle: a chain, and what it is called
     VideoStage stage;
     const char* name;

@@ -28,7 +28,7 @@ def video_facts(manifest: Mapping[str, Any]) -> list[tuple[str, Cell]]:
         (
             "least memory",
             f"{least_memory_bytes(manifest) / 2**20:.1f} MiB for a program, values and planned activations, besides "
-            "XNNPACK's own and what the process takes without a model",
+            "what the process takes without a model",
         ),
         ("golden case", "yes" if manifest["golden"] else "none: `edgerun validate` has nothing to check"),
     ]
@@ -95,9 +95,9 @@ def least_memory_bytes(manifest: Mapping[str, Any]) -> int:
     needs = []
     for chain, names in manifest["chains"].items():
         entries = [programs[name] for name in names]
-        values = {
-            value["name"]: _value_bytes(value) for entry in entries for value in (*entry["inputs"], *entry["outputs"])
-        }
+        values: dict[str, int] = {}
+        for value in (one for entry in entries for one in (*entry["inputs"], *entry["outputs"])):
+            values[value["name"]] = max(values.get(value["name"], 0), _value_bytes(value))
         clip = 3 * video["frames"] * video["height"] * video["width"] if chain.endswith("_decoder") else 0
         planned, arena = (
             max(int(entry.get(name, 0)) for entry in entries) for name in ("planned_bytes", "arena_bytes")

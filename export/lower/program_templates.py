@@ -4,9 +4,11 @@ The blocks of a deep model are the same graph again and again, and to lower a gr
 its weights. So the first program of a graph is lowered with random weights, no two alike. Where these bytes, as they
 are or with their dimensions in another order, lie in the file is where any program's own weights belong. Weights also
 have names there, their SHA-256, which are replaced too. A tensor that is not found is one that lowering computed with:
-it stays as the first program has it, and only programs with an equal one share the file.
+it stays as the first program has it, and only programs with an equal one share the file. A name that is no tensor's is
+that of something computed: such a graph's programs are all lowered.
 
-Two programs are of one graph when torch.export wrote the same code, shapes and names for both.
+Two programs are of one graph when torch.export wrote the same code, shapes, strides and names for both, and the same of
+their weights are equal to each other, which a file holds once.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ Tensors = dict[str, torch.Tensor]
 class _Place:
     """Where in a file a tensor's bytes are, in which order of its dimensions, and where their SHA-256."""
 
+    tensor: str
     offsets: tuple[int, ...]
     order: tuple[int, ...]
     names: tuple[int, ...]
@@ -48,7 +51,7 @@ class _Template:
 
     path: pathlib.Path
     lowered: LoweredProgram
-    places: dict[str, _Place]
+    places: list[_Place]
     fixed: Tensors
 
 
@@ -56,52 +59,68 @@ class ProgramTemplates:
     """Writes programs, and knows those that it has written, whose files must stay meanwhile."""
 
     def __init__(self) -> None:
-        self._templates: dict[str, _Template] = {}
+        self._templates: dict[str, _Template | None] = {}  # None: all programs of the graph are lowered
 
     def lower(
-        self, export: Callable[[], ExportedProgram], path: pathlib.Path, constant_methods: dict[str, Any]
+        self, make_program: Callable[[], ExportedProgram], path: pathlib.Path, constant_methods: dict[str, Any]
     ) -> LoweredProgram:
-        """Write what `export` gives as edgerun.export.lower.executorch.lower does, to the byte. It is called once, and
-        once more where weights of the first program of a graph are not found in its file."""
-        program = export()
+        """Write a program as edgerun.export.lower.executorch.lower does, to the byte.
+
+        make_program: the same program every time; called again where lowering it has to be repeated.
+        """
+        program = make_program()
         tensors = _tensors(program)
-        graph = _graph_text(program, constant_methods)
-        template = self._templates.get(graph)
-        if template is None:
-            template = self._templates[graph] = _make(program, export, path, constant_methods)
-        elif not all(torch.equal(tensors[name], value) for name, value in template.fixed.items()):
-            return lower(program, path, constant_methods)
+        graph = _graph_text(program, tensors, constant_methods)
+        if graph not in self._templates:
+            template = self._templates[graph] = _make(program, tensors, make_program, path, constant_methods)
+            program = make_program() if template is None else program
         else:
-            shutil.copyfile(template.path, path)
+            template = self._templates[graph]
+            if template is not None and not _fits(template, tensors):
+                template = None
+            if template is not None:
+                shutil.copyfile(template.path, path)
+        if template is None:
+            return lower(program, path, constant_methods)
         _fill(path, template.places, tensors)
         return template.lowered
 
 
+def _fits(template: _Template, tensors: Tensors) -> bool:
+    return all(torch.equal(tensors[name], value) for name, value in template.fixed.items())
+
+
 def _make(
     program: ExportedProgram,
-    export: Callable[[], ExportedProgram],
+    tensors: Tensors,
+    make_program: Callable[[], ExportedProgram],
     path: pathlib.Path,
     constant_methods: dict[str, Any],
-) -> _Template:
-    """Write the program to `path`, with random weights that are found there."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = _tensors(program)
-    random = {name: _random(tensor, generator) for name, tensor in tensors.items() if _can_be_told(tensor)}
+) -> _Template | None:
+    """Write the program to `path`, with random weights that are found there. None: it has what was computed."""
+    random = _random({name: tensor for name, tensor in tensors.items() if _can_be_told(tensor)})
     while True:
         _put(program, random)
         lowered = lower(program, path, constant_methods)
-        places = _places(path, random)
-        if len(places) == len(random):
-            fixed = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in places}
-            return _Template(path, lowered, places, fixed)
-        random = {name: random[name] for name in places}
-        program = export()
+        places, unknown = _places(path, random, tensors)
+        found = {place.tensor for place in places}
+        if len(found) == len(random):
+            fixed = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in found}
+            return None if unknown else _Template(path, lowered, places, fixed)
+        random = {name: random[name] for name in found}
+        program = make_program()
 
 
 def _tensors(program: ExportedProgram) -> Tensors:
-    """What may be a weight, by name."""
+    """What may be a weight and is used, by name."""
     own_storage(program)
-    return {**program.state_dict, **_float_constants(program)}
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    named |= signature.inputs_to_lifted_tensor_constants
+    placeholders = program.graph.find_nodes(op="placeholder")
+    used = {named[node.name] for node in placeholders if node.name in named and node.users}
+    every = {**program.state_dict, **_float_constants(program)}
+    return {name: tensor for name, tensor in every.items() if name in used}
 
 
 def _put(program: ExportedProgram, tensors: Tensors) -> None:
@@ -112,15 +131,32 @@ def _put(program: ExportedProgram, tensors: Tensors) -> None:
             own[name] = torch.nn.Parameter(tensors[name], False) if is_parameter else tensors[name]
 
 
-def _graph_text(program: ExportedProgram, constant_methods: dict[str, Any]) -> str:
+def _graph_text(program: ExportedProgram, tensors: Tensors, constant_methods: dict[str, Any]) -> str:
     """The same for two programs where they differ in their tensors' values alone."""
+    modules = [one for one in program.graph_module.modules() if isinstance(one, torch.fx.GraphModule)]
+    code = [module.code for module in modules]
     shapes = [
-        (node.name, [(str(value.dtype), str(value.shape)) for value in _values(node)]) for node in program.graph.nodes
+        (node.name, [(str(value.dtype), str(value.shape), str(value.stride())) for value in _values(node)])
+        for module in modules
+        for node in module.graph.nodes
     ]
     constants = {name: value for name, value in program.constants.items() if name not in _float_constants(program)}
-    parts = (program.graph_module.code, program.graph_signature, program.range_constraints, shapes, constant_methods)
+    equal = sorted(names for names in _equal_groups(tensors).values() if len(names) > 1)
+    parts = (code, program.graph_signature, program.range_constraints, shapes, equal, constant_methods)
     text = "\n".join(str(part) for part in parts) + "\n".join(_exact_text(*item) for item in constants.items())
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _equal_groups(tensors: Tensors) -> dict[str, list[str]]:
+    """Names of tensors with the same bytes."""
+    groups: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(_digest(tensor), []).append(name)
+    return groups
+
+
+def _digest(tensor: torch.Tensor, order: tuple[int, ...] | None = None) -> str:
+    return hashlib.sha256(memoryview(_bytes(tensor, order or tuple(range(tensor.ndim))))).hexdigest()
 
 
 def _values(node: torch.fx.Node) -> Iterator[torch.Tensor]:
@@ -148,33 +184,49 @@ def _can_be_told(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or bool((tensor != tensor.flatten()[0]).any())
 
 
-def _random(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of the tensor's shape and dtype; positive, as scales must be."""
-    if tensor.dtype == torch.int8:
-        return torch.randint(-127, 128, tensor.shape, generator=generator, dtype=torch.int8)
-    return torch.rand(tensor.shape, generator=generator, dtype=torch.float32).add_(0.5).to(tensor.dtype)
+def _random(tensors: Tensors) -> Tensors:
+    """Of the tensors' shapes, strides and dtypes, positive as scales must be; equal where the tensors are equal."""
+    generator = torch.Generator().manual_seed(0)
+    found: Tensors = {}
+    for names in _equal_groups(tensors).values():
+        first = tensors[names[0]]
+        if first.dtype == torch.int8:
+            values = torch.randint(-127, 128, (first.numel(),), generator=generator, dtype=torch.int8)
+        else:
+            values = torch.rand(first.numel(), generator=generator).add_(0.5).to(first.dtype)
+        for name in names:
+            other = torch.empty_strided(tensors[name].shape, tensors[name].stride(), dtype=tensors[name].dtype)
+            data = values.view(torch.uint8).view(tensors[name].dtype)
+            found[name] = other.copy_(data.view(tensors[name].shape))
+    return found
 
 
-def _places(path: pathlib.Path, tensors: Tensors) -> dict[str, _Place]:
-    """Of those tensors whose bytes are found in the file."""
+def _places(path: pathlib.Path, random: Tensors, tensors: Tensors) -> tuple[list[_Place], set[str]]:
+    """Where the random tensors are in the file, and the names in it of what is neither these nor another tensor."""
     file = np.memmap(path, np.uint8, "r")
     starts = file[: file.size // _ALIGNMENT * _ALIGNMENT].view(np.uint64)[:: _ALIGNMENT // 8]
-    found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for name, tensor in tensors.items():
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for name, tensor in random.items():
+        known: set[int] = set()  # other orders that are the same bytes
         for order in itertools.permutations(range(tensor.ndim)):
             data = _bytes(tensor, order)
             at = np.flatnonzero(starts == data[:8].view(np.uint64)[0]) * _ALIGNMENT
             offsets = tuple(int(one) for one in at if np.array_equal(file[one : one + data.size], data))
-            if offsets:
-                found[name] = offsets, order
-                break
-    named = _names(file, [(at, at + tensors[name].nbytes) for name, (offsets, _) in found.items() for at in offsets])
-    digests = {
-        name: hashlib.sha256(memoryview(_bytes(tensors[name], order))).hexdigest() for name, (_, order) in found.items()
+            if known.isdisjoint(offsets) and offsets:
+                found.append((name, offsets, order))
+            known.update(offsets)
+    named = _names(file, [(at, at + random[name].nbytes) for name, offsets, _ in found for at in offsets])
+    digests = {(name, order): _digest(random[name], order) for name, _, order in found}
+    fixed = {
+        _digest(tensor, order)
+        for name, tensor in tensors.items()
+        if name not in random
+        for order in itertools.permutations(range(tensor.ndim))
     }
-    return {
-        name: _Place(offsets, order, tuple(named.get(digests[name], ()))) for name, (offsets, order) in found.items()
-    }
+    places = [
+        _Place(name, offsets, order, tuple(named.get(digests[name, order], ()))) for name, offsets, order in found
+    ]
+    return places, named.keys() - set(digests.values()) - fixed
 
 
 def _names(file: np.ndarray, weights: list[tuple[int, int]]) -> dict[str, list[int]]:
@@ -188,11 +240,11 @@ def _names(file: np.ndarray, weights: list[tuple[int, int]]) -> dict[str, list[i
     return found
 
 
-def _fill(path: pathlib.Path, places: dict[str, _Place], tensors: Tensors) -> None:
+def _fill(path: pathlib.Path, places: list[_Place], tensors: Tensors) -> None:
     """Put the tensors and their names in their places."""
     with path.open("r+b") as file:
-        for key, place in places.items():
-            data = memoryview(_bytes(tensors[key], place.order))
+        for place in places:
+            data = memoryview(_bytes(tensors[place.tensor], place.order))
             name = hashlib.sha256(data).hexdigest().encode() if place.names else b""
             for offsets, content in ((place.offsets, data), (place.names, name)):
                 for offset in offsets:

@@ -1,7 +1,7 @@
 """XNNPACK's passes over a partition, without those that look for what is not in it.
 
-ExecuTorch runs 17 passes over every partition. Nearly all trace it anew, also where they find nothing, and that is half
-of a lowering. A partition of known operators alone is spared the passes that look for others.
+ExecuTorch runs 17 passes over every partition. Nearly all trace it anew, also where they find nothing.
+A partition of known operators alone is spared the passes that look for others.
 """
 
 from __future__ import annotations

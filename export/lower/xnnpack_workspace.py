@@ -139,10 +139,12 @@ def _table_bytes(node: Any, values: dict[int, Any]) -> int:
     """A pointer for every pixel that an output pixel is made of."""
     if not isinstance(node, _WINDOWS):
         return 0
-    pooling = not isinstance(node, schema.XNNNodeConv)
-    window = node.pooling_height * node.pooling_width if pooling else node.kernel_height * node.kernel_width
+    if isinstance(node, schema.XNNNodeConv):
+        window, step = node.kernel_height * node.kernel_width, (node.subsampling_height, node.subsampling_width)
+    else:
+        window, step = node.pooling_height * node.pooling_width, (1, 1)
     padding = (node.padding_top, node.padding_right, node.padding_bottom, node.padding_left)
-    if window == 1 and not any(padding):
+    if window == 1 and step == (1, 1) and not any(padding):
         return 0
     _, height, width, _ = values[_outputs(node)[0]].dims
     return _rounded(_POINTER_BYTES * window * _tiled(height * width))

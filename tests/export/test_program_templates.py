@@ -72,6 +72,19 @@ def test_files_are_those_that_lowering_writes(tmp_path: pathlib.Path, lowered: l
     assert lowered == ["0"]
 
 
+def test_equal_weights_are_there_once(tmp_path: pathlib.Path, lowered: list[str]) -> None:
+    templates = ProgramTemplates()
+    for seed, equal in enumerate((True, True, False, False)):
+        module = mixed(seed)
+        module.norm.bias.data.copy_(torch.rand(64))
+        module.norm.weight.data.copy_(module.norm.bias if equal else torch.rand(64))
+        path, alone = tmp_path / f"{seed}.pte", tmp_path / "alone.pte"
+        templates.lower(functools.partial(exported, module), path, METHODS)
+        executorch.lower(exported(module), alone, METHODS)
+        assert path.read_bytes() == alone.read_bytes()
+    assert lowered == ["0", "2"]
+
+
 def changed_value(module: Mixed) -> None:
     module.small.add_(1.0)  # too small to be told from what else is in a file
 
@@ -104,16 +117,17 @@ def test_what_differs_is_lowered_itself(
     assert (tmp_path / "other.pte").read_bytes() == (tmp_path / "alone.pte").read_bytes()
 
 
-def test_a_weight_that_lowering_computed_with_stays(
+def test_a_weight_that_is_not_found_stays(
     tmp_path: pathlib.Path, lowered: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here it cannot be found: the file is made again with its own values, and serves only who has the same."""
+    """The file is made again with its own values, and serves only who has the same."""
     own = program_templates._places
-    monkeypatch.setattr(
-        program_templates,
-        "_places",
-        lambda path, tensors: own(path, {name: one for name, one in tensors.items() if name != "up.weight"}),
-    )
+
+    def blind(path: pathlib.Path, random: dict, tensors: dict) -> tuple[list, set]:
+        places, _ = own(path, random, tensors)
+        return [place for place in places if place.tensor != "up.weight"], set()
+
+    monkeypatch.setattr(program_templates, "_places", blind)
     templates, first, other, same = ProgramTemplates(), mixed(0), mixed(1), mixed(2)
     same.up.weight.data.copy_(first.up.weight)
     for name, module in (("first", first), ("other", other), ("same", same)):
@@ -121,3 +135,27 @@ def test_a_weight_that_lowering_computed_with_stays(
         executorch.lower(exported(module), tmp_path / "alone.pte", METHODS)
         assert (tmp_path / f"{name}.pte").read_bytes() == (tmp_path / "alone.pte").read_bytes()
     assert lowered == ["first", "first", "other"]
+
+
+def test_a_file_with_what_was_computed_serves_no_other(
+    tmp_path: pathlib.Path, lowered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a name that is no tensor's."""
+    own = program_templates._places
+    monkeypatch.setattr(program_templates, "_places", lambda *arguments: (own(*arguments)[0], {"0" * 64}))
+    templates = ProgramTemplates()
+    for seed in range(2):
+        path, alone = tmp_path / f"{seed}.pte", tmp_path / "alone.pte"
+        templates.lower(functools.partial(exported, mixed(seed)), path, METHODS)
+        executorch.lower(exported(mixed(seed)), alone, METHODS)
+        assert path.read_bytes() == alone.read_bytes()
+    assert lowered == ["0", "0", "1"]
+
+
+def test_a_name_that_is_no_tensors_is_found(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "file"
+    weight, small = torch.rand(4, 8), torch.rand(4)
+    path.write_bytes(weight.numpy().tobytes() + b"scale_" + b"0123456789abcdef" * 4 + small.numpy().tobytes())
+    places, unknown = program_templates._places(path, {"weight": weight}, {"weight": weight, "small": small})
+    assert [(place.tensor, place.offsets) for place in places] == [("weight", (0,))]
+    assert unknown == {"0123456789abcdef" * 4}

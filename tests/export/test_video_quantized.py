@@ -24,7 +24,6 @@ from tests import shared_video_bundle
 from tests.export.programs import portable_calls, run_chain
 
 RECIPE = VideoRecipe(quantize="int8")
-# What VideoRecipe().hash("0" * 64) was before it knew of quantisation.
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ class Blocks : public edgerun::BlockSource {
     loaded_[block] = 0;
     take(-real_[block].loaded_bytes);
   }
-  edgerun::Activations activations() override { return {activation_bytes, ahead_bytes, resident_bytes}; }
+  edgerun::Activations activations() override { return {activation_bytes, ahead_bytes, growing_bytes}; }
 
   int64_t used() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -91,7 +91,7 @@ class Blocks : public edgerun::BlockSource {
   double load_ms = 0, execute_ms = 0;
   std::atomic<size_t> fails_at{kNobody}, throws_at{kNobody}, exits_at{kNobody};
   std::function<void(size_t)> on_execute;
-  std::atomic<int64_t> activation_bytes{0}, ahead_bytes{0}, resident_bytes{0};
+  std::atomic<int64_t> activation_bytes{0}, ahead_bytes{0}, growing_bytes{0};
   int loads[64] = {};
   std::vector<size_t> order_of_loads, executed;
 
@@ -260,7 +260,7 @@ void what_a_block_that_stays_costs_counts() {
   for (const auto& [extra, resident] : {std::pair(0, 2), std::pair(9, 1), std::pair(30, 0)}) {
     Blocks blocks(costs(6));
     blocks.activation_bytes = 5;
-    blocks.resident_bytes = extra;
+    blocks.growing_bytes = extra;
     const auto schedule = open(&blocks, costs(6), 1, 52);  // 5, two residents of 10, one that executes, one that loads
     for (int pass = 0; pass < 3; ++pass) CHECK(schedule->run(true).ok());
     CHECK(schedule->pass_stats().back().prefetch == 1);
@@ -277,6 +277,12 @@ void all_blocks_stay_rather_than_some_and_one_ahead() {
   for (int pass = 0; pass < 3; ++pass) CHECK(schedule->run(true).ok());
   CHECK(schedule->pass_stats().back().prefetch == 0 && schedule->pass_stats().back().resident_blocks == 6);
   CHECK(blocks.loads[5] == 2 && blocks.take_peak() <= 70);
+  Blocks twice(costs(6));  // the first pass measures and keeps nothing, the second is the last
+  twice.activation_bytes = 5;
+  twice.ahead_bytes = 20;
+  const auto pair = open(&twice, costs(6), 1, 75);
+  CHECK(pair->run(true).ok() && pair->run(false).ok());
+  CHECK(pair->pass_stats().back().prefetch == 1 && twice.take_peak() <= 50);
   Blocks once(costs(6));
   once.activation_bytes = 5;
   once.ahead_bytes = 20;
