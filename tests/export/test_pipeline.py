@@ -77,7 +77,7 @@ def without_lowering(monkeypatch: pytest.MonkeyPatch, error: BaseException | Non
         path.write_bytes(b"half a program")
         if error is not None:
             raise error
-        return pipeline.LoweredProgram(operators=(), planned_bytes=0)
+        return pipeline.LoweredProgram(operators=(), planned_bytes=0, arena_bytes=0, table_bytes=0)
 
     monkeypatch.setattr(pipeline, "lower", lower)
 
