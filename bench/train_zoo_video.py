@@ -83,6 +83,7 @@ TEXT = {
     "relative_attention_max_distance": 64,
 }
 SHAPE_WEIGHT = 10.0
+STILLS = 8  # single frames instead of one clip: about as much work
 KL_WEIGHT = 1e-4  # of the mean divergence in nats, against the error of pixels in [-1, 1]
 
 
@@ -149,7 +150,47 @@ def optimizer_for(parameters: list[torch.nn.Parameter], device: str) -> torch.op
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=device == "cuda")
 
 
-def update(optimizer: torch.optim.AdamW, parameters: list[torch.nn.Parameter], rate: float) -> torch.Tensor:
+class Optimizers:
+    """Several optimizers, each of its own parameters, used as one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
+
+
+def muon_for(networks: Networks, device: str) -> Optimizers:
+    """Muon (Jordan 2024) for the matrices of the blocks, whose updates it scales as AdamW's; AdamW for the rest."""
+    blocks = [*networks.denoiser.spatial_blocks, *networks.denoiser.temporal_blocks, networks.text.encoder.block]
+    linear = [module for block in blocks for module in block.modules() if isinstance(module, torch.nn.Linear)]
+    inner = {id(module.weight) for module in linear}
+    matrices = [p for p in networks.parameters() if id(p) in inner]
+    rest = [p for p in networks.parameters() if id(p) not in inner]
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return Optimizers([muon, optimizer_for(rest, device)])
+
+
+Optimizer = torch.optim.AdamW | Optimizers
+
+
+def update(optimizer: Optimizer, parameters: list[torch.nn.Parameter], rate: float) -> torch.Tensor:
     for group in optimizer.param_groups:
         group["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -300,16 +341,12 @@ def train_time(out: pathlib.Path, minutes: float, batch_size: int, peak: float, 
         finish_vae(model.eval(), out, generator, device)
 
 
-def save_training(
-    path: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, step: int, clock: Clock
-) -> None:
+def save_training(path: pathlib.Path, model: torch.nn.Module, optimizer: Optimizer, step: int, clock: Clock) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "used": clock.used}
     save_state(path, state)
 
 
-def load_state(
-    path: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, device: str
-) -> tuple[int, float]:
+def load_state(path: pathlib.Path, model: torch.nn.Module, optimizer: Optimizer, device: str) -> tuple[int, float]:
     """Step and seconds of a run that was stopped; 0 and 0 when there is none."""
     if not path.exists():
         return 0, 0.0
@@ -441,6 +478,7 @@ class Networks(torch.nn.Module):
 def flow_loss(
     networks: Networks, x: torch.Tensor, tokens: torch.Tensor, ratio: float, generator: torch.Generator, device: str
 ) -> torch.Tensor:
+    tokens = tokens[:, : int((tokens != 0).sum(1).max())]
     noise = torch.randn(x.shape, generator=generator, device=device)
     t = draw_times(len(x), ratio, generator, device)
     null = torch.rand(len(x), generator=generator, device=device) < NULL_SHARE
@@ -459,6 +497,8 @@ def train_denoiser(
     decay: float,
     device: str,
     compiled: bool,
+    still: float,
+    muon: bool,
 ) -> None:
     words = Words()
     vae = load_vae(out / "vae", device)
@@ -468,7 +508,7 @@ def train_denoiser(
     log(out, stage="cache", clips=count, seconds=time.monotonic() - begin)
     networks = Networks(words).to(device)
     parameters = list(networks.parameters())
-    optimizer = optimizer_for(parameters, device)
+    optimizer = muon_for(networks, device) if muon else optimizer_for(parameters, device)
     path = out / "denoiser.state"
     step, used = load_state(path, networks, optimizer, device)
     if not step and (out / "denoiser" / "model.safetensors").exists():  # weights alone: from a run on another machine
@@ -484,14 +524,18 @@ def train_denoiser(
     at, sums = 0, torch.zeros(2, device=device)
     saved = time.monotonic()
     while not clock.over:
-        if at + batch_size > count:
+        stills = clock.share < still
+        size = batch_size * STILLS if stills else batch_size
+        if at + size > count:
             order, at = torch.randperm(count, generator=generator, device=device), 0
-        chosen = order[at : at + batch_size]
-        at += batch_size
-        wording = torch.randint(cache.tokens.shape[1], (batch_size,), generator=generator, device=device)
-        loss = flow_loss(
-            networks, cache.latents[chosen].float(), cache.tokens[chosen, wording], ratio, generator, device
-        )
+        chosen = order[at : at + size]
+        at += size
+        wording = torch.randint(cache.tokens.shape[1], (size,), generator=generator, device=device)
+        latents, tokens = cache.latents[chosen], cache.tokens[chosen, wording]
+        if stills:
+            frame = torch.randint(latents.shape[2], (size,), generator=generator, device=device)
+            latents = latents[torch.arange(size, device=device), :, frame][:, :, None]
+        loss = flow_loss(networks, latents.float(), tokens, ratio, generator, device)
         loss.backward()
         norm = update(optimizer, parameters, clock.rate(step, peak, 200, decay))
         sums += torch.stack([loss.detach(), norm])
@@ -664,6 +708,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=32_000, help="clips in the cache of latents")
     parser.add_argument("--peak", type=float, help="highest learning rate")
     parser.add_argument("--decay", type=float, default=0.5, help="share of the time over which the rate falls to zero")
+    parser.add_argument(
+        "--still", type=float, default=0.0, help="share of the time, first, that trains on single frames"
+    )
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of the denoiser")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile the blocks (CUDA)")
@@ -690,6 +738,8 @@ def main() -> None:
             given.decay,
             given.device,
             given.compile,
+            given.still,
+            given.optimizer == "muon",
         )
     elif given.stage == "check":
         check(given.out, given.count, given.device, given.guidance, given.steps)

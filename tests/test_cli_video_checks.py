@@ -144,7 +144,7 @@ def test_least_memory_is_the_chain_that_needs_most() -> None:
         "programs": [
             program("a", 1000, value("x", "n", 5), value("y", 7)),
             program("b", 3000, value("y", 7), value("y", 3)),  # a name that is bound anew
-            program("c", 0, value("z", 1), value("frames", 3, 2, 4, 5)),
+            program("c", 0, value("pictures", "n", 1, 2, 2), value("frames", 3, 2, 4, 5)),
         ],
         "files": {"a": {"bytes": 100}, "b": {"bytes": 90}, "c": {"bytes": 200}},
         "chains": {"denoiser": ["a", "b", "b"], "frame_decoder": ["c"]},
@@ -152,4 +152,5 @@ def test_least_memory_is_the_chain_that_needs_most() -> None:
     }
     assert least_memory_bytes(manifest) == 100 + 250 + 3000 + 500 + 4 * (50 + 7)
     manifest["files"]["c"]["bytes"] = 20_000
-    assert least_memory_bytes(manifest) == 40_000 + 500 + 4 * (1 + 120) + 120
+    clip, pictures = 3 * 2 * 4 * 5, 2 * 4 * 4
+    assert least_memory_bytes(manifest) == 40_000 + 500 + 4 * (10 * 4 + 120) + clip + pictures

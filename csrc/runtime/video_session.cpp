@@ -334,12 +334,17 @@ Status VideoSession::decode_time(const VideoRun& run, Value* pictures) {
       const Value& decoded = (*loader->values())["chunk"];
       const int64_t before = chunk * bundle_.frames_per_chunk;
       const int64_t wanted = std::min(bundle_.frames_per_chunk, bundle_.frames - before);
-      if (chunk == 0 && decoded.sizes.size() == 4) {
+      // The memory limit counted pictures of the manifest's size.
+      const bool fits = decoded.type == ElementType::kFloat32 && decoded.sizes.size() == 4 &&
+                        decoded.sizes[0] >= wanted &&
+                        decoded.bytes() / decoded.sizes[0] == bundle_.frame_decoder.picture_bytes;
+      if (fits && chunk == 0) {
         pictures->resize(ElementType::kFloat32, {bundle_.frames, decoded.sizes[1], decoded.sizes[2], decoded.sizes[3]});
       }
-      if (decoded.type != ElementType::kFloat32 || decoded.sizes.size() != 4 || decoded.sizes[0] < wanted ||
-          !std::equal(decoded.sizes.begin() + 1, decoded.sizes.end(), pictures->sizes.begin() + 1)) {
-        return wrong_output("chunk", decoded, "[" + std::to_string(wanted) + " or more, channels, height, width]");
+      if (!fits || !std::equal(decoded.sizes.begin() + 1, decoded.sizes.end(), pictures->sizes.begin() + 1)) {
+        return wrong_output("chunk", decoded,
+                            "[" + std::to_string(wanted) + " or more, channels, height, width] of " +
+                                std::to_string(bundle_.frame_decoder.picture_bytes) + " bytes a picture");
       }
       const int64_t bytes = pictures->bytes() / bundle_.frames;  // of one
       std::memcpy(pictures->data.get() + before * bytes, decoded.data.get() + (decoded.sizes[0] - wanted) * bytes,

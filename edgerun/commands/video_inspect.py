@@ -88,23 +88,34 @@ def least_memory_bytes(manifest: Mapping[str, Any]) -> int:
     """What the chain that needs most has in memory at least, with none of its programs loaded ahead.
 
     Its largest program while it loads, as the file's pages and packed; the values that its programs hand on, at their
-    largest; their planned activations; what XNNPACK takes while they execute; and in the decoders the clip itself.
+    largest; their planned activations; what XNNPACK takes while they execute; and in the decoders the clip itself with
+    every picture between the two.
     """
     programs = {program["name"]: program for program in manifest["programs"]}
-    sizes, video = program_bytes(manifest), manifest["video"]
+    sizes = program_bytes(manifest)
     needs = []
     for chain, names in manifest["chains"].items():
         entries = [programs[name] for name in names]
         values: dict[str, int] = {}
         for value in (one for entry in entries for one in (*entry["inputs"], *entry["outputs"])):
             values[value["name"]] = max(values.get(value["name"], 0), _value_bytes(value))
-        clip = 3 * video["frames"] * video["height"] * video["width"] if chain.endswith("_decoder") else 0
+        clip = _clip_bytes(manifest) if chain.endswith("_decoder") else 0
         planned, arena = (
             max(int(entry.get(name, 0)) for entry in entries) for name in ("planned_bytes", "arena_bytes")
         )
         loading = max(sizes[one["name"]] + max(sizes[one["name"]], int(one.get("table_bytes", 0))) for one in entries)
         needs.append(loading + sum(values.values()) + planned + arena + clip)
     return max(needs)
+
+
+def _clip_bytes(manifest: Mapping[str, Any]) -> int:
+    """A clip's pixels, and what the frames' decoder is handed: it stays until the clip is complete."""
+    video, programs = manifest["video"], {program["name"]: program for program in manifest["programs"]}
+    (pictures,) = (
+        value for value in programs[manifest["chains"]["frame_decoder"][0]]["inputs"] if value["name"] == "pictures"
+    )
+    one = int(math.prod(pictures["shape"][1:])) * _ELEMENT_BYTES[pictures["dtype"]]
+    return int(video["frames"]) * (3 * int(video["height"]) * int(video["width"]) + one)
 
 
 def _value_bytes(value: Mapping[str, Any]) -> int:

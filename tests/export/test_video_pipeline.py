@@ -13,6 +13,7 @@ from edgerun import compare
 from edgerun.bundle import Bundle
 from edgerun.errors import BundleError, EdgerunError, ExportError, ParityError
 from edgerun.export import export_video_bundle, video_pipeline
+from edgerun.export.lower import executorch, program_templates
 from edgerun.models import rectified_flow
 from edgerun.models.temporal_vae import VideoAutoencoderConfig
 from edgerun.models.text_to_video import VideoCheckpoint, VideoSettings
@@ -163,6 +164,26 @@ def test_the_last_chunk_of_open_sora(frames: int, latents: int, chunk: tuple[int
     assert geometry.latent == (latents, 18, 32) and geometry.chunk_latents == chunk
     assert geometry.limits("t", chunk[1]) == chunk and geometry.limits("p", 1) == (1, 1)
     assert geometry.limits("f", 20) == (20 // chunk[1] * chunk[0], 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_blocks_of_one_graph_are_lowered_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    lowered: list[str] = []
+
+    def counted(program: torch.export.ExportedProgram, path: pathlib.Path, methods: dict) -> executorch.LoweredProgram:
+        lowered.append(path.stem)
+        return executorch.lower(program, path, methods)
+
+    monkeypatch.setattr(program_templates, "lower", counted)
+    source = tiny_video_checkpoint.write(tmp_path / "model", depth=3)
+    bundle = export_video_bundle(source, VideoRecipe(quantize=quantize, merge_steps=1), tmp_path / "three.edgerun")
+    assert [name for name in bundle.manifest["chains"]["denoiser"] if "pairs" in name] == [
+        f"denoiser_pairs_{i}" for i in range(3)
+    ]
+    assert [name for name in lowered if "pairs" in name] == ["denoiser_pairs_0"]
 
 
 @pytest.mark.slow

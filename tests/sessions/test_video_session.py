@@ -357,6 +357,18 @@ def test_how_many_frames_a_call_decodes_changes_no_pixel(
     assert (clip.frames == session.generate(PROMPT, seed=7).frames).all()
 
 
+def test_pictures_of_another_size_than_the_memory_limit_counted_are_refused(
+    bundle: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    def smaller(manifest: dict[str, Any]) -> None:
+        (program,) = (one for one in manifest["programs"] if one["name"] == "decode_frames")
+        program["inputs"][0]["shape"][1] = 2  # of 8 channels
+
+    copy = VideoSession(changed_copy(bundle, tmp_path / "small.edgerun", smaller), threads=1)
+    with pytest.raises(BundleError, match=f"'chunk' came out as .* of {4 * 2 * ROWS * COLUMNS} bytes a picture"):
+        copy.generate(PROMPT, seed=7)
+
+
 def test_a_damaged_program_is_found_by_its_hash(bundle: pathlib.Path, tmp_path: pathlib.Path) -> None:
     copy = changed_copy(bundle, tmp_path / "copy.edgerun", lambda manifest: None)
     path = copy / "programs/pair_2.pte"
