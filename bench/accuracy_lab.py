@@ -3,6 +3,7 @@
     python bench/accuracy_lab.py 1 --work FOLDER        # every selector: attention held, KL at the answer
     python bench/accuracy_lab.py 2 --work FOLDER        # finalists answer RULER's tasks at 8,192 tokens
     python bench/accuracy_lab.py 3 --work FOLDER        # the default against dense, many samples, three lengths
+    python bench/accuracy_lab.py others --work FOLDER   # RULER's other tasks: what dense does not solve either
     python bench/accuracy_lab.py needle --work FOLDER   # depth by length, dense and sparse
     python bench/accuracy_lab.py report --work FOLDER   # bench/results/accuracy_lab.html, .json and the raw records
     python bench/accuracy_lab.py sample --work FOLDER   # two minutes of it, as CI runs it, into an empty FOLDER
@@ -32,6 +33,7 @@ from bench.accuracy_lab_plans import (
     Lab,
     Plan,
     needle_grid,
+    other_tasks,
     ruler_jobs,
     selector_jobs,
     stage_1,
@@ -155,17 +157,17 @@ def sample(lab: Lab) -> Report:
             raise EdgerunError(f"{kind}: {means}; nothing can hold more than the oracle")
         if not min(means["shipped"], means["recent"]) > means["shuffled"]:
             raise EdgerunError(f"{kind}: {means}; a real rule must hold more than chance")
-    return lab_report(lab, {"1": 4, "2": 0, "3": 6, "needle": 0}, " ".join(sys.argv))
+    return lab_report(lab, {"1": 4, "2": 0, "3": 6, "others": 0, "needle": 0}, " ".join(sys.argv))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("1", "2", "3", "needle", "report", "sample"))
+    parser.add_argument("stage", choices=("1", "2", "3", "others", "needle", "report", "sample"))
     parser.add_argument("--model", default="zoo:text", help="a checkpoint's folder; default: %(default)s")
     parser.add_argument("--work", type=pathlib.Path, required=True, metavar="FOLDER", help="where the records are kept")
     parser.add_argument("--predictor", type=pathlib.Path, metavar="FILE", help="with the trained boundary predictor")
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: one a core (%(default)s)")
-    parser.add_argument("--samples", type=int, help="of each task (1: prompts a length); default: 20, 100, 400, 10")
+    parser.add_argument("--samples", type=int, help="of each task (1: prompts a length); default: 20, 100, 400, 30, 10")
     parser.add_argument(
         "--results", type=pathlib.Path, default=RESULTS, help="folder of the page; default: bench/results"
     )
@@ -173,7 +175,7 @@ def main() -> None:
     quiet_libraries()
     lab = Lab(checkpoint_path(given.model), given.work, given.processes, given.predictor)
     lab.work.mkdir(parents=True, exist_ok=True)
-    samples = {"1": 20, "2": 100, "3": 400, "needle": 10}
+    samples = {"1": 20, "2": 100, "3": 400, "others": 30, "needle": 10}
     if given.samples is not None and given.stage in samples:
         samples[given.stage] = given.samples
     try:
@@ -184,6 +186,8 @@ def main() -> None:
             run_answers(lab, stage_2(lab, samples["2"]), "stage 2")
         elif given.stage == "3":
             run_answers(lab, stage_3(lab, samples["3"]), "stage 3")
+        elif given.stage == "others":
+            run_answers(lab, other_tasks(lab, samples["others"]), "other tasks")
         elif given.stage == "needle":
             run_answers(lab, needle_grid(lab, samples["needle"]), "needles")
         elif given.stage == "sample":

@@ -36,6 +36,7 @@ from edgerun.report import (
 )
 from edgerun.report_html import to_html
 
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / "bench" / "results"
 NARROW, WIDE = 390, 1200
 GREEN = (0, 137, 0)
 PAPER, DARK_PAPER = (255, 255, 255), (13, 17, 23)
@@ -218,6 +219,15 @@ def test_the_page_fits_a_phone_and_a_desk(chromium: str, page: str, tmp_path: pa
         assert frame["drawings"] == 8
         assert frame["needed"] == frame["width"]
         assert frame["outside"] == [] and frame["overlapping"] == []
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.html")), ids=lambda path: path.stem)
+def test_published_pages_are_drawn_and_fit(chromium: str, tmp_path: pathlib.Path, path: pathlib.Path) -> None:
+    published = path.read_text(encoding="utf-8")
+    image, complaints = screenshot(chromium, published, tmp_path)
+    assert complaints == [] and len(image.getcolors(maxcolors=image.width * image.height)) > 1000
+    for frame in measured(chromium, published, tmp_path):
+        assert frame["needed"] == frame["width"] and frame["outside"] == [] and frame["overlapping"] == []
 
 
 def test_a_page_that_complains_is_noticed(chromium: str, tmp_path: pathlib.Path) -> None:

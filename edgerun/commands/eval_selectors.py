@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from edgerun.commands.common import Tools, begin_report, checkpoint_path, emit, recipe_from
@@ -23,7 +23,6 @@ _MOST_LINES = 9  # of a plot
 DEFAULT = ("shipped", "moments-fixed", "mean", "minmax", "block-mean", "recent", "antidiagonal", "oracle", "shuffled")
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_single_2", "vt")
 LEAST_KL = 1e-4  # nats, where a plot of KL begins
-PICTURE_LAYER_SHARE = 0.5  # of the depth, at which a picture is taken
 
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
@@ -56,8 +55,10 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         )
     report = selectors_report(found, contender, tools.command)
     drawn = next((name for name in names if lists_blocks(name)), None)
-    pictures = (picture_of(contender, jobs[-1], drawn, min(budgets)),) if drawn is not None else ()
-    return emit(dataclasses.replace(report, pictures=pictures), arguments)
+    if drawn is not None:
+        picture, densities = picture_of(contender, jobs[-1], drawn, min(budgets))
+        report = dataclasses.replace(report, pictures=(picture,), heat_maps=(*report.heat_maps, densities))
+    return emit(report, arguments)
 
 
 def base_contender(
@@ -114,8 +115,13 @@ def selector_jobs(tasks: Sequence[str], lengths: Sequence[int], samples: int, se
     return [Job("ruler", task, length, seed, index) for length in lengths for task, index in rounds]
 
 
-def selectors_report(found: Sequence[Measurement], contender: Contender, command: str) -> Report:
-    """A table for each length and one by task, plots against density, the first selector's recall by layer."""
+def selectors_report(
+    found: Sequence[Measurement], contender: Contender, command: str, *, everyone: bool = False
+) -> Report:
+    """A table for each length and one by task, plots against density, the first selector's recall by layer.
+
+    everyone: at the longest length no selector is left out of the plots of KL.
+    """
     found = [one for one in found if one.density is not None]
     lengths = sorted({one.job.length for one in found})
     prompts = len({one.job for one in found})
@@ -128,7 +134,13 @@ def selectors_report(found: Sequence[Measurement], contender: Contender, command
         report,
         facts=(("build", contender.build),),
         tables=(*tables, task_table(found)),
-        plots=tuple(plot for n in lengths for plot in density_plots([o for o in found if o.job.length == n], n, held)),
+        plots=tuple(
+            plot
+            for n in lengths
+            for plot in density_plots(
+                [o for o in found if o.job.length == n], n, held, all_of_them=everyone and n == max(lengths)
+            )
+        ),
         heat_maps=recall_maps(found, found[0].selector),
     )
 
@@ -194,7 +206,8 @@ def length_table(found: Sequence[Measurement], length: int, share: Shares) -> Ta
         "KL, top-1: at the answer's positions, teacher-forced. Held: the exact attention in the listed blocks, of what "
         "the oracle's hold, over tiles beyond the budget and over single tokens of the answer. Student's 95 % over "
         "prompts. Density: prompt and answer. Decode: a rule's own, dense where its authors have none, or another's, "
-        "as PREFILL/DECODE; shipped ranks twice in decode (--refine), the other poolings once."
+        "as PREFILL/DECODE; shipped ranks twice in decode (--refine), the others once. blasst has no budget: its "
+        "density is its own."
     )
     rows.sort(key=lambda row: (row[2], row[4].value if isinstance(row[4], Estimate) else math.inf))
     return Table(f"{length:,} tokens", columns, tuple(rows), note)
@@ -217,8 +230,11 @@ def task_table(found: Sequence[Measurement]) -> Table:
     return Table(title, columns, tuple(rows), "Mean over prompts, Student's 95 %.")
 
 
-def density_plots(found: Sequence[Measurement], length: int, share: Shares) -> list[Plot]:
-    """The oracle's share and the divergence against causal density: the best selectors and the baselines."""
+def density_plots(found: Sequence[Measurement], length: int, share: Shares, *, all_of_them: bool = False) -> list[Plot]:
+    """The oracle's share and the divergence against causal density: the best selectors and the baselines.
+
+    all_of_them: the divergence of the others too, a plot for every few.
+    """
     plots = []
     for kind, title, unit, value in (
         ("prefill", "Prefill: attention held, of the oracle's", "%", share),
@@ -230,35 +246,57 @@ def density_plots(found: Sequence[Measurement], length: int, share: Shares) -> l
             mine = [one for one in mine if decode_rule(one.selector) == "own"]
         names = list(dict.fromkeys(one.selector for one in mine))
         averages = {n: average([value(one) for one in mine if one.selector == n]) for n in names}
-        kept = sorted(names, key=averages.__getitem__, reverse=kind != "divergence")[: _MOST_LINES - 2]
-        kept += [n for n in ("recent", "shuffled") if n in names and n not in kept]
-        series = []
-        for name in kept:
-            points = []
-            for budget in sorted({one.budget for one in mine}):
-                some = [o for o in mine if (o.selector, o.budget) == (name, budget)]
-                estimate = spread([value(o) for o in some])
-                if estimate is not None and kind == "divergence":
-                    estimate = at_least(estimate, LEAST_KL)
-                densities = [o.density for o in some if o.density is not None]
-                if estimate is not None and densities:
-                    points.append((100 * sum(densities) / len(densities), estimate))
-            if points:
-                series.append(Series(name, tuple(sorted(points, key=lambda point: point[0]))))
-        if series:
-            lowest = min(estimate.low or 0.0 for one in series for _, estimate in one.points)
-            low, high = (10 * (lowest // 10), 100.0) if unit == "%" else (None, None)
-            plots.append(
-                Plot(
-                    f"{title}: {length:,} tokens",
-                    Axis("causal density", "%", log=True, base=10),
-                    Axis(title.split(": ")[-1], unit, log=kind == "divergence", low=low, high=high, base=10),
-                    tuple(series),
-                    "The best on average, and the baselines; Student's 95 % over prompts."
-                    + (f" Below {LEAST_KL:g}: drawn there." if kind == "divergence" else ""),
-                )
-            )
+        ranked = sorted(names, key=averages.__getitem__, reverse=kind != "divergence")
+        baselines = [n for n in ("recent", "shuffled") if n in names]
+        size = _MOST_LINES - 2
+        others = [n for n in ranked[size:] if n not in baselines]
+        parts = [ranked[:size]]
+        if all_of_them and kind == "divergence":
+            parts += [others[i : i + size] for i in range(0, len(others), size)]
+        for place, part in enumerate(parts):
+            kept = [*part, *(n for n in baselines if n not in part)]
+            note = "The best on average, and the baselines" if place == 0 else "Others, and the baselines"
+            plot = _density_plot(mine, kept, value, kind, f"{title}: {length:,} tokens", unit, note)
+            plots += [] if plot is None else [plot]
     return plots
+
+
+def _density_plot(
+    mine: Sequence[Measurement],
+    names: Sequence[str],
+    value: Callable[[Measurement], float],
+    kind: str,
+    title: str,
+    unit: str,
+    note: str,
+) -> Plot | None:
+    """One line a selector; None without a point."""
+    series = []
+    for name in names:
+        points = []
+        for budget in sorted({one.budget for one in mine}):
+            some = [o for o in mine if (o.selector, o.budget) == (name, budget)]
+            estimate = spread([value(o) for o in some])
+            if estimate is not None and kind == "divergence":
+                estimate = at_least(estimate, LEAST_KL)
+            densities = [o.density for o in some if o.density is not None]
+            if estimate is not None and densities:
+                points.append((100 * sum(densities) / len(densities), estimate))
+        if points:
+            series.append(Series(name, tuple(sorted(points, key=lambda point: point[0]))))
+    if not series:
+        return None
+    lowest = min(estimate.low or 0.0 for one in series for _, estimate in one.points)
+    low, high = (10 * (lowest // 10), 100.0) if unit == "%" else (None, None)
+    label = title.rpartition(": ")[0].split(": ")[-1]
+    return Plot(
+        title,
+        Axis("causal density", "%", log=True, base=10),
+        Axis(label, unit, log=kind == "divergence", low=low, high=high, base=10),
+        tuple(series),
+        f"{note}; Student's 95 % over prompts."
+        + (f" Below {LEAST_KL:g}: drawn there." if kind == "divergence" else ""),
+    )
 
 
 def recall_maps(found: Sequence[Measurement], name: str) -> tuple[HeatMap, ...]:
@@ -293,18 +331,21 @@ def recall_maps(found: Sequence[Measurement], name: str) -> tuple[HeatMap, ...]:
     return tuple(maps)
 
 
-def picture_of(contender: Contender, job: Job, name: str, budget: int) -> Picture:
-    """The blocks that a selector chooses for one prompt, over its exact attention, in one KV head of a middle layer."""
+def picture_of(contender: Contender, job: Job, name: str, budget: int) -> tuple[Picture, HeatMap]:
+    """The blocks that a selector chooses for one prompt, over its exact attention, in the KV head that looks farthest.
+
+    And the density of what it chooses in every layer and KV head.
+    """
     import numpy as np
 
     from edgerun.attention_picture import attention_picture
     from edgerun.evaluation.selector_picture import attention_and_choice
 
-    seen = attention_and_choice(contender, job, name, budget, PICTURE_LAYER_SHARE)
+    seen = attention_and_choice(contender, job, name, budget)
     width, tile = seen.attention.shape[1], seen.tile
     tokens = (0.0, float(16 * width))
-    note = f"{name}, budget {budget:,}; {job.task}, sample {job.index} of seed {job.seed}; KV head {seen.head}"
-    return attention_picture(
+    note = f"{name}, budget {budget:,}; {job.task}, sample {job.index} of seed {job.seed}"
+    picture = attention_picture(
         f"Blocks chosen over exact attention: layer {seen.layer}, {job.length:,} tokens",
         np.asarray(seen.attention),
         np.asarray(seen.chosen),
@@ -312,8 +353,23 @@ def picture_of(contender: Contender, job: Job, name: str, budget: int) -> Pictur
         y=Axis("query", "token", low=0.0, high=float(tile * seen.attention.shape[0])),
         scale=Axis("attention of a tile's row to a block", "%", log=True, low=0.01, high=100.0),
         threshold=1.0,
-        note=note,
+        note=f"{note}; KV head {seen.head}, of all the one with most attention beyond sink and local blocks",
     )
+    values = tuple(tuple(100 * one for one in row) for row in seen.densities)
+    highest = max(one for row in values for one in row)
+    densities = HeatMap(
+        "density",
+        Categories("KV head", "", tuple(map(str, range(len(values[0]))))),
+        Categories("layer", "", tuple(map(str, seen.layers))),
+        values,
+        "%",
+        0.0,
+        max(1.0, highest),
+        f"{note}; prefill, attended of all causal pairs: a budget is the same for every layer and head",
+        group="Density by layer and KV head",
+        digits=1,
+    )
+    return picture, densities
 
 
 def divergence(one: Measurement) -> float:

@@ -9,7 +9,7 @@ import torch
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import fidelity
 from edgerun.evaluation.answers import Contender, Job
-from edgerun.evaluation.selector_fidelity import loaded, prompt_and_answer
+from edgerun.evaluation.selector_fidelity import loaded, pairs, prompt_and_answer
 from edgerun.ops.dhsa_attention import Lists
 from edgerun.selectors import attention, registry
 from edgerun.selectors.attention import Engine
@@ -19,9 +19,10 @@ from edgerun.selectors.interface import BlockSelector, Call, everything
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One KV head's exact attention and a selector's choice over one prompt.
+    """One KV head's exact attention and a selector's choice over one prompt, and the choice's density in all of them.
 
     attention: float32 [groups, blocks], %, of a row, NaN where no row sees the block; chosen: bool of the same shape.
+    layers: the sparse ones; densities: by these and KV head, attended of all causal pairs.
     """
 
     layer: int
@@ -29,23 +30,43 @@ class Seen:
     tile: int
     attention: torch.Tensor
     chosen: torch.Tensor
+    layers: tuple[int, ...]
+    densities: tuple[tuple[float, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerSeen:
+    """A layer's attention and choice. share: float32 [Hkv, groups, blocks], % of a row; ends: blocks of each group."""
+
+    share: torch.Tensor
+    lists: Lists
+    ends: torch.Tensor
+    far: torch.Tensor  # [Hkv]: share beyond sink and local blocks, mean over groups
+    densities: tuple[float, ...]
 
 
 class _Sketch(BlockSelector):
-    """Attends everything and keeps one layer's attention and choice."""
+    """Attends everything and keeps every layer's attention and choice over the prompt, which is one call."""
 
-    def __init__(self, selector: BlockSelector, layer: int) -> None:
-        self.selector, self.layer = selector, layer
-        self.seen: tuple[Call, torch.Tensor, Lists] | None = None
+    def __init__(self, selector: BlockSelector) -> None:
+        self.selector = selector
+        self.layers: dict[int, _LayerSeen] = {}
 
     def lists(self, call: Call) -> Lists:
-        if call.layer == self.layer and self.seen is None:
-            self.seen = (call, exact_mass(call), self.selector.lists(call))
+        if call.layer not in self.layers:
+            mass, lists = exact_mass(call), self.selector.lists(call)
+            rows = torch.tensor([last - first for first, last in call.groups]) * call.query.shape[1]
+            share = 100 * mass / rows[:, None]
+            ends = torch.tensor([end for _, _, end in call.ranges])
+            far = share.masked_fill(~call.candidates, 0.0).sum(dim=2).mean(dim=1)
+            counted = [pairs([mine], call) for mine in lists]
+            densities = tuple(attended / causal for attended, causal in counted)
+            self.layers[call.layer] = _LayerSeen(share, lists, ends, far, densities)
         return everything(call)
 
 
-def attention_and_choice(contender: Contender, job: Job, name: str, budget: int, depth: float) -> Seen:
-    """What a selector chooses near a depth of the model (0 first layer, 1 last), in its sharpest KV head.
+def attention_and_choice(contender: Contender, job: Job, name: str, budget: int) -> Seen:
+    """What a selector chooses in the KV head that looks farthest: with the most attention beyond sink and local blocks.
 
     Raises EdgerunError for a selector that lists tokens, as the paper's mode does.
     """
@@ -55,20 +76,17 @@ def attention_and_choice(contender: Contender, job: Job, name: str, budget: int,
     selector = registry.make(name, dhsa, contender.predictor).prefill
     if not isinstance(selector, BlockSelector):
         raise EdgerunError(f"{name} lists tokens, not blocks: draw another selector")
-    kinds = [options.kind for options in answerer.model.options]
-    sparse = [layer for layer, kind in enumerate(kinds) if kind == "dhsa"]
-    sketch = _Sketch(selector, min(sparse, key=lambda layer: abs(layer - depth * (len(kinds) - 1))))
+    sketch = _Sketch(selector)
     attention.use(answerer.model, Engine(sketch, sketch), budget)
     fidelity.feed(answerer.model, answerer.encode(prompt_and_answer(job, answerer.count_tokens)[0]), 0)
-    assert sketch.seen is not None, "a layer with a budget asks its selector"
-    call, mass, lists = sketch.seen
-    rows = torch.tensor([last - first for first, last in call.groups]) * call.query.shape[1]
-    share = 100 * mass / rows[:, None]  # [Hkv, groups, blocks]
-    ends = torch.tensor([end for _, _, end in call.ranges])
-    concentrated = share.square().sum(dim=(1, 2))
-    head = int(concentrated.argmax())
-    chosen = torch.zeros_like(share[head], dtype=torch.bool)
-    for group, blocks in enumerate(lists[head]):
+    layer = max(sketch.layers, key=lambda each: float(sketch.layers[each].far.max()))
+    seen = sketch.layers[layer]
+    head = int(seen.far.argmax())
+    chosen = torch.zeros_like(seen.share[head], dtype=torch.bool)
+    for group, blocks in enumerate(seen.lists[head]):
         chosen[group, blocks] = True
-    unseen = torch.arange(call.blocks) >= ends[:, None]
-    return Seen(sketch.layer, head, call.options.tile, share[head].masked_fill(unseen, torch.nan), chosen)
+    unseen = torch.arange(seen.share.shape[2]) >= seen.ends[:, None]
+    tile = contender.recipe.dhsa.tile
+    layers = tuple(sorted(sketch.layers))
+    densities = tuple(sketch.layers[each].densities for each in layers)
+    return Seen(layer, head, tile, seen.share[head].masked_fill(unseen, torch.nan), chosen, layers, densities)

@@ -58,30 +58,29 @@ class Oracle(RankedSelector):
         return exact_mass(call)
 
 
-class Margin(RankedSelector):
+def margins(call: Call) -> torch.Tensor:
     """By how much a block's largest logit is below the running one, at the row and query head where that is least.
 
-    Running means over the blocks before it and itself, in order: what BLASST (arXiv 2512.12087) compares with a limit.
+    [Hkv, groups, blocks], 0 at most, -inf where no row sees the block. Running: over the blocks before it and itself.
     """
-
-    def scores(self, call: Call) -> torch.Tensor:
-        """0 at most."""
-        found = torch.full((call.query.shape[0], len(call.groups), call.blocks), -math.inf)
-        for group in range(len(call.groups)):
-            logits = exact_logits(call, group)
-            blocks = -(-logits.shape[-1] // MICRO_BLOCK)
-            padded = torch.nn.functional.pad(logits, (0, blocks * MICRO_BLOCK - logits.shape[-1]), value=-math.inf)
-            largest = fold(padded, -1, (blocks, MICRO_BLOCK)).amax(-1)  # [Hkv, G, rows, blocks]
-            margin = largest - largest.cummax(dim=-1).values
-            found[:, group, :blocks] = margin.nan_to_num(-math.inf, neginf=-math.inf).amax(dim=(1, 2))
-        return found
+    found = torch.full((call.query.shape[0], len(call.groups), call.blocks), -math.inf)
+    for group in range(len(call.groups)):
+        logits = exact_logits(call, group)
+        blocks = -(-logits.shape[-1] // MICRO_BLOCK)
+        padded = torch.nn.functional.pad(logits, (0, blocks * MICRO_BLOCK - logits.shape[-1]), value=-math.inf)
+        largest = fold(padded, -1, (blocks, MICRO_BLOCK)).amax(-1)  # [Hkv, G, rows, blocks]
+        margin = largest - largest.cummax(dim=-1).values
+        found[:, group, :blocks] = margin.nan_to_num(-math.inf, neginf=-math.inf).amax(dim=(1, 2))
+    return found
 
 
 class Threshold(BlockSelector):
-    """BLASST: a block counts unless every row's largest logit in it is `limit` (ln lambda) below the running one.
+    """BLASST (arXiv 2512.12087): a block counts unless the largest logit of every row is far below the running one.
 
-    The rule has no budget, so its density is measured, not set. It needs every logit, and saves the softmax and the
-    values alone. Ours: blocks of 16 keys by a tile of queries, kept for a KV head when one of its query heads wants it.
+    limit: how far, ln lambda, below 0. The rule has no budget, so its density is measured, not set; and no ranking: a
+    block that raises the maximum so far has a margin of 0, whatever comes later. It needs every logit, and saves the
+    softmax and the values alone. Ours: blocks of 16 keys by a tile of queries, kept for a KV head when one of its query
+    heads wants it.
     """
 
     def __init__(self, limit: float) -> None:
@@ -90,7 +89,7 @@ class Threshold(BlockSelector):
     def lists(self, call: Call) -> Lists:
         if call.options.budget == 0:
             return everything(call)
-        kept = (Margin().scores(call) >= self.limit) & call.candidates
+        kept = (margins(call) >= self.limit) & call.candidates
         return [
             [
                 [*range(sink), *kept[head, group].nonzero().flatten().tolist(), *range(local, end)]

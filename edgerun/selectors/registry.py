@@ -14,7 +14,7 @@ from edgerun.ops.dhsa_attention_reference import gap_scores
 from edgerun.ops.dhsa_attention_types import BOUNDARY_WINDOW
 from edgerun.recipe import DhsaOptions
 from edgerun.selectors.attention import Engine
-from edgerun.selectors.estimates import Antidiagonal, Margin, Oracle, Threshold, VerticalSlash
+from edgerun.selectors.estimates import Antidiagonal, Oracle, Threshold, VerticalSlash
 from edgerun.selectors.interface import BlockSelector
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.pooled import BoundaryLogits, Pooled, Shipped
@@ -43,6 +43,7 @@ class Entry:
     takes_value: str = ""
     needs_predictor: bool = False
     dense_decode: bool = False  # its authors have no rule for single tokens
+    has_budget: bool = True  # otherwise its density is measured, whatever the budget
     revision: int = 0  # raised when it computes something else: what was measured before is not it
 
 
@@ -142,11 +143,13 @@ SELECTORS: dict[str, Entry] = {
     ),
     "blasst": Entry(
         "BLASST: blocks far below the running maximum are skipped; every logit is computed",
-        lambda s: Margin() if s.value is None else Threshold(s.value),
-        takes_value="limit below 0, no budget then; without it the best margins fill the budget",
+        lambda s: Threshold(-4.0 if s.value is None else s.value),
+        takes_value="ln lambda, below 0, -4 unless given; there is no budget",
+        has_budget=False,
+        revision=1,
     ),
     "oracle": Entry("exact attention mass: the best that a list can do", lambda s: Oracle()),
-    "dense": Entry("everything, whatever the budget", lambda s: Dense()),
+    "dense": Entry("everything, whatever the budget", lambda s: Dense(), has_budget=False),
     "shuffled": Entry("chance", lambda s: Shuffled(), revision=1),
     "paper-v1": Entry(
         "arXiv 2510.24606 v1, trained boundaries; tile 128, recent 128, our sink",

@@ -12,13 +12,13 @@ import pytest
 from bench import accuracy_lab_plans as plans
 from bench.accuracy_lab_page import (
     answers_table,
-    boundary_table,
-    boundary_verdict,
     lab_report,
     maps_of_needles,
     planned,
+    solved_by_dense,
     verdict,
 )
+from bench.accuracy_lab_selectors import boundary_table, boundary_verdict, is_above, rivals_table
 from edgerun.commands.common import checkpoint_path
 from edgerun.evaluation.answers import Answer, Job, read_record
 from edgerun.evaluation.selector_fidelity import Measurement
@@ -101,7 +101,7 @@ def test_samples_that_not_everyone_has_answered_do_not_count(lab: plans.Lab) -> 
 def test_the_verdict_says_the_figures(lab: plans.Lab) -> None:
     plan = plans.stage_3(lab, 50)[0]
     answer_everything(lab, plan, {plan.contenders[1].name: {1}})
-    report = lab_report(lab, {"1": 0, "2": 0, "3": 50, "needle": 0}, "command")
+    report = lab_report(lab, {"1": 0, "2": 0, "3": 50, "others": 0, "needle": 0}, "command")
     assert report.verdict.startswith(
         "DHSA as it ships loses more than is asked: at 12 % of all pairs it answers 98.0 %"
     )
@@ -119,6 +119,31 @@ def test_the_verdict_names_what_is_as_good(lab: plans.Lab) -> None:
     assert "window + sink in prefill, DHSA in decode: +0.0 points [-" in text
 
 
+def test_the_papers_mode_must_be_beaten_beyond_the_interval(lab: plans.Lab) -> None:
+    """The same answers for both: kept, but no better."""
+    third = plans.stage_3(lab, 60)[0]
+    paper = dataclasses.replace(third.contenders[1], name=f"{plans.PAPER} 529", build="paper")
+    second = plans.Plan((*third.contenders, paper), third.jobs)
+    answers = answer_everything(lab, second, {})
+    assert verdict(answers, second, third).startswith(
+        "DHSA as it ships keeps dense attention's answers, but is not shown"
+    )
+    worse = answer_everything(lab, second, {paper.name: set(range(20))})
+    assert verdict(worse, second, third).startswith("Use DHSA as it ships")
+
+
+def test_what_dense_solves_is_counted(lab: plans.Lab) -> None:
+    plan = plans.stage_3(lab, 10, plans.SOLVED[:2])[0]
+    answers = answer_everything(lab, plan, {})
+    for job in plan.jobs:
+        if job.task == plans.SOLVED[1] and job.index < 2:
+            answers[plan.contenders[0].build, job] = answer(plan.contenders[0].build, job, False, 1.0)
+    assert solved_by_dense(answers, plan) == (
+        f"dense attention solves {plans.SOLVED[0]} (100 %); dense attention does not solve {plans.SOLVED[1]} (80 %). "
+        "Solved: 90 % right or more."
+    )
+
+
 def test_needle_maps_stand_side_by_side(lab: plans.Lab) -> None:
     grids = plans.needle_grid(lab, 2)
     answers: dict[tuple[str, Job], Answer] = {}
@@ -130,22 +155,34 @@ def test_needle_maps_stand_side_by_side(lab: plans.Lab) -> None:
     assert maps[2].values == ((50.0,) * 3,) * 5
 
 
+def measurement(kind: str, selector: str, job: Job, value: float, **more: float) -> Measurement:
+    """Of one layer and head; the best blocks hold all."""
+    grid = ((), ()) if kind == "divergence" else (((value,),), ((1.0,),))
+    kl = {"kl_nats": value, "top1": 1.0} if kind == "divergence" else {}
+    return Measurement("b", kind, selector, 274, job, 0.2, (0,), *grid, **kl, **more)
+
+
 def test_boundaries_are_compared_at_like_length_prompt_by_prompt() -> None:
     jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(3)]
     rules = (("moments-learned", 0.9, 30.0), ("moments-fixed@16", 0.7, 16.0), ("moments-fixed@32", 0.8, 32.0))
-    found = [
-        Measurement("b", "prefill", name, 274, job, 0.2, (0,), ((held,),), ((1.0,),), chunk_tokens=size)
-        for name, held, size in rules
-        for job in jobs
-    ]
+    found = [measurement("prefill", name, job, held, chunk_tokens=size) for name, held, size in rules for job in jobs]
+    found += [measurement("divergence", name, job, 1 - held) for name, held, _ in rules for job in jobs]
     table = boundary_table(found)
     (row,) = table.rows
     assert row[2:6] == ("moments-learned", 30.0, "moments-fixed@32", 32.0)
     assert isinstance(row[6], Estimate) and row[6].value == pytest.approx(10.0)
-    assert row[7] is None and row[8] == 3
+    assert isinstance(row[8], Estimate) and row[8].value == pytest.approx(-0.1)
+    assert row[7] is None and row[9] == 3
     said = boundary_verdict(table)
-    assert said.startswith("Learned boundaries beat fixed chunks of the nearest length.")
-    assert "moments-learned against moments-fixed@32 +10.00 [10.00, 10.00]" in said
+    assert "by attention held they beat fixed chunks; by KL at the answer they beat fixed chunks." in said
+    assert "moments-learned less moments-fixed@32 +10.00 [10.00, 10.00], -0.100 [-0.100, -0.100]" in said
+
+
+def test_chunks_of_other_lengths_are_not_compared() -> None:
+    jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(3)]
+    rules = (("moments-learned", 0.9, 30.0), ("moments-fixed", 0.7, 64.0))
+    found = [measurement("prefill", name, job, held, chunk_tokens=size) for name, held, size in rules for job in jobs]
+    assert boundary_table(found).rows == ()
 
 
 @pytest.mark.parametrize(
@@ -154,27 +191,41 @@ def test_boundaries_are_compared_at_like_length_prompt_by_prompt() -> None:
         ([(0.1, 0.3), (-0.1, 0.1)], "beat"),
         ([(-0.3, -0.1), (-0.1, 0.1)], "lose to"),
         ([(-0.1, 0.1)], "cannot be told from"),
-        ([(0.1, 0.3), (-0.3, -0.1)], "beat at one threshold and lose at another to"),
+        ([(0.1, 0.3), (-0.3, -0.1)], "beat in one comparison and lose in another to"),
     ],
 )
 def test_the_verdict_on_boundaries_goes_by_intervals(gaps: list[tuple[float, float]], verb: str) -> None:
     rows = tuple(
         (
-            8192,
-            529,
-            f"moments-learned@{i}",
-            30.0,
-            "moments-fixed",
-            64.0,
-            Estimate((low + high) / 2, low, high),
-            None,
-            20,
+            *(8192, 529, f"moments-learned@{i}", 60.0, "moments-fixed", 64.0),
+            *(Estimate((low + high) / 2, low, high), None, Estimate(-(low + high) / 2, -high, -low), 20),
         )
         for i, (low, high) in enumerate(gaps)
     )
-    assert boundary_verdict(dataclasses.replace(boundary_table([]), rows=rows)).startswith(
-        f"Learned boundaries {verb} "
-    )
+    said = boundary_verdict(dataclasses.replace(boundary_table([]), rows=rows))
+    assert f"by attention held they {verb} fixed chunks; by KL at the answer they {verb} fixed chunks." in said
+
+
+def test_a_rule_is_held_against_chance_prompt_by_prompt() -> None:
+    jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(4)]
+    found = []
+    for i, job in enumerate(jobs):
+        for name, held, kl in (("shuffled", 0.5, 1.0), ("shipped", 0.9, 0.1), ("recent", 0.4, 1.0 + 0.2 * (-1) ** i)):
+            found += [measurement("prefill", name, job, held + 0.01 * i), measurement("divergence", name, job, kl)]
+    table, said = rivals_table(found)
+    rows = {row[0]: row for row in table.rows}
+    prefill, kl = rows["shipped"][2], rows["shipped"][4]
+    assert isinstance(prefill, Estimate) and prefill.value == pytest.approx(40.0) and prefill.n == 4
+    assert isinstance(kl, Estimate) and kl.value == pytest.approx(-0.9)
+    assert said.startswith("Of 2 selectors by length and budget, 1 are better than chance")
+    assert said.endswith("not so: recent at 2,048/274.")
+
+
+def test_one_measure_that_may_be_chance_is_enough_to_say_so() -> None:
+    good, doubtful, kl = Estimate(1.0, 0.5, 1.5), Estimate(1.0, -0.1, 2.1), Estimate(-1.0, -1.5, -0.5)
+    assert is_above((good, good, kl)) and is_above((good, None, kl)) and is_above((None, None, kl))
+    assert not is_above((doubtful, good, kl)) and not is_above((good, good, good))
+    assert not is_above((good, good, Estimate(-1.0, -2.1, 0.1)))
 
 
 def test_what_another_selector_left_on_record_is_not_shown(lab: plans.Lab) -> None:

@@ -25,14 +25,16 @@ from edgerun.ops.dhsa_attention import (
 from edgerun.ops.dhsa_attention_paper import PaperOptions, paper_attention
 from edgerun.recipe import MICRO_BLOCK, DhsaOptions
 from edgerun.selectors import registry
-from edgerun.selectors.estimates import Antidiagonal, Margin, Oracle, Threshold, VerticalSlash, exact_mass
+from edgerun.selectors.estimates import Antidiagonal, Oracle, Threshold, VerticalSlash, exact_mass, margins
 from edgerun.selectors.interface import BlockSelector, Call, Rotation, choose, merge_ranks
 from edgerun.selectors.paper import PaperAttention
 from edgerun.selectors.pooled import Pooled, summaries
 from edgerun.techniques.boundary_predictor import BoundaryPredictor, PredictorMetrics
 from tests.selectors.calls import GROUP, HEAD_DIM, KV_HEADS, continued, make_call
 
-BUDGETED = [n for n, e in registry.SELECTORS.items() if not n.startswith("paper") and not e.needs_predictor]
+BUDGETED = [
+    n for n, e in registry.SELECTORS.items() if e.has_budget and not n.startswith("paper") and not e.needs_predictor
+]
 
 
 def selector(name: str) -> BlockSelector:
@@ -91,7 +93,7 @@ def test_lists_do_not_depend_on_slices_at_tile_edges(name: str) -> None:
 # What every selector keeps to
 
 
-@pytest.mark.parametrize("name", [n for n in BUDGETED if n != "dense"])
+@pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize(("tokens", "input_pos"), [(600, 0), (70, 530), (1, 599), (100, 512)])
 def test_lists_hold_what_is_forced_and_fill_the_budget_alike(name: str, tokens: int, input_pos: int) -> None:
     call = make_call(tokens, input_pos=input_pos, loud=True)
@@ -117,7 +119,7 @@ def test_no_list_holds_more_of_a_query_than_the_oracles(seed: int) -> None:
     call = make_call(8, input_pos=440, budget=240, tile=1, seed=seed, loud=seed % 2 == 0)
     mass = exact_mass(call)
     best = Oracle().lists(call)
-    for name in ("moments", "recent", "antidiagonal", "vertical-slash", "quest", "shuffled"):
+    for name in (each for each in BUDGETED if each not in ("oracle", "shipped")):  # shipped: the op, of whole tiles
         for head, mine in enumerate(selector(name).lists(call)):
             for group, blocks in enumerate(mine):
                 assert len(blocks) == len(best[head][group])
@@ -130,16 +132,19 @@ def test_the_oracle_beats_every_selector_under_the_same_forced_blocks() -> None:
     mass = exact_mass(call)
     best = mass_of(Oracle().lists(call), mass)
     for name in BUDGETED:
-        if name not in ("dense", "oracle"):
+        if name != "oracle":
             assert mass_of(selector(name).lists(call), mass) <= best * (1 + 1e-6), name
 
 
 def test_a_shuffled_selection_is_worse_than_every_real_one() -> None:
-    """Over 12 calls: the difference's mean less twice its standard error is above 0."""
+    """Over 12 calls: the difference's mean less twice its standard error is above 0.
+
+    Not of the window: these keys are as loud far away as near. The lab holds all of them against chance on text.
+    """
     calls = [make_call(512, seed=seed, loud=True) for seed in range(12)]
     masses = [exact_mass(call) for call in calls]
     chance = [mass_of(selector("shuffled").lists(c), m) for c, m in zip(calls, masses, strict=True)]
-    for name in ("moments", "mean", "sqrt", "centred", "quest", "block-mean", "antidiagonal", "vertical-slash"):
+    for name in (each for each in BUDGETED if each not in ("recent", "shuffled")):
         real = [mass_of(selector(name).lists(c), m) for c, m in zip(calls, masses, strict=True)]
         gain = torch.tensor(real) - torch.tensor(chance)
         assert float(gain.mean() - 2 * gain.std() / math.sqrt(len(gain))) > 0, name
@@ -185,7 +190,7 @@ def test_antidiagonal_sums_worked_out_by_loops() -> None:
 
 def test_threshold_margins_worked_out_by_loops() -> None:
     call = make_call(20, input_pos=60, tile=16)
-    found = Margin().scores(call)
+    found = margins(call)
     for head in range(KV_HEADS):
         for index, (first, last) in enumerate(call.groups):
             wanted = [-math.inf] * call.blocks
@@ -203,11 +208,11 @@ def test_threshold_margins_worked_out_by_loops() -> None:
 
 def test_a_threshold_keeps_what_is_near_the_running_maximum() -> None:
     call = make_call(64, input_pos=448, loud=True)
-    margins = Margin().scores(call)
+    found = margins(call)
     for limit in (-0.5, -3.0):
         (blocks,) = Threshold(limit).lists(call)[0]
         ((sink, local, end),) = call.ranges
-        kept = {b for b in range(sink, local) if margins[0, 0, b] >= limit}
+        kept = {b for b in range(sink, local) if found[0, 0, b] >= limit}
         assert set(blocks) == {*range(sink), *kept, *range(local, end)}
 
 

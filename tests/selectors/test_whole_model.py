@@ -212,12 +212,18 @@ def test_the_report_shows_intervals_and_the_oracle_first(
 
 
 def test_a_picture_shows_what_was_chosen(contender: Contender) -> None:
-    seen = attention_and_choice(contender, JOBS[0], "shipped", 256, 0.5)
+    seen = attention_and_choice(contender, JOBS[0], "shipped", 256)
     known = ~torch.isnan(seen.attention)
     assert torch.allclose(seen.attention.nan_to_num().sum(dim=1), torch.tensor(100.0), atol=1e-3)
     assert not bool((seen.chosen & ~known).any())
     assert int(seen.chosen[-1].sum()) * 16 <= 256 < int(known[-1].sum()) * 16
-    assert eval_selectors.picture_of(contender, JOBS[0], "shipped", 256).png
+    # Every selector lists as many tokens: the density is the budget's, in every layer and head, but for partial blocks.
+    length = seen.attention.shape[0] * seen.tile
+    wanted = (256 / length) * (2 - 256 / length)
+    assert len(seen.densities) == len(seen.layers) == 2
+    assert all(abs(one - wanted) < 0.05 for row in seen.densities for one in row)
+    picture, densities = eval_selectors.picture_of(contender, JOBS[0], "shipped", 256)
+    assert picture.png and densities.y.ticks == ("0", "1")
 
 
 def test_names_of_the_op_are_the_labs_too() -> None:
