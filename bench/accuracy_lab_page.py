@@ -186,7 +186,7 @@ def lab_report(lab: Lab, samples: dict[str, int], command: str) -> Report:
     return dataclasses.replace(
         report,
         facts=(("model", lab.base().build), ("commit", commit())),
-        verdict=verdict(answers, second[0], third[0]),
+        verdict=verdict(answers, second[0], third[0], needs_paper=lab.predictor is not None),
         notes=tuple(note for note in notes if note),
         tables=tuple(tables),
         plots=tuple(plots),
@@ -209,11 +209,11 @@ def solved_by_dense(answers: Answers, plan: Plan) -> str:
     return "; ".join(parts) + f". Solved: {100 * SOLVED_SHARE:.0f} % right or more."
 
 
-def verdict(answers: Answers, second: Plan, third: Plan) -> str:
+def verdict(answers: Answers, second: Plan, third: Plan, *, needs_paper: bool = False) -> str:
     """What to use, from the figures: the default against dense, then against every finalist on the same samples.
 
     It is recommended when it loses at most MOST_LOST to dense, twice that at the interval's end, and is better than the
-    paper's v1 beyond the interval of the same samples.
+    paper's v1 beyond the interval of the same samples; needs_paper: also when that was not measured, it is not.
     """
     jobs = answered(answers, third)
     if not jobs:
@@ -229,7 +229,7 @@ def verdict(answers: Answers, second: Plan, third: Plan) -> str:
     if done and default.build in {contender.build for contender in second.contenders}:
         ours = right(answers, default, done)
         others = {c.name.rpartition(" ")[0]: paired_shares(ours, right(answers, c, done)) for c in rivals}
-    better = PAPER not in others or others[PAPER].low > 0
+    better = others[PAPER].low > 0 if PAPER in others else not needs_paper
     advice = "Use DHSA as it ships" if kept and better else "DHSA as it ships loses more than is asked"
     if kept and not better:
         advice = "DHSA as it ships keeps dense attention's answers, but is not shown to be better than the paper's v1"

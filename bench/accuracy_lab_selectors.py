@@ -11,6 +11,7 @@ from edgerun.commands import eval_selectors
 from edgerun.evaluation import selector_fidelity
 from edgerun.evaluation.selector_fidelity import Measurement
 from edgerun.report import Cell, Column, Estimate, Table
+from edgerun.selectors import registry
 
 CHANCE = "shuffled"
 MOST_UNLIKE = 1.5  # mean chunk lengths that are compared, longer to shorter
@@ -78,11 +79,11 @@ class Pairs:
     def all_of(
         self, a: str, b: str, budget: int, length: int
     ) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
-        """Prefill, decode, KL; a rule whose authors decode densely is no rival in decode."""
-        parts = [
-            self.held(kind, a, b, budget, length) for kind in (selector_fidelity.PREFILL, selector_fidelity.DECODE)
-        ]
-        return parts[0], parts[1], self.kl(a, b, budget, length)
+        """Prefill, decode, KL; where only one of them decodes densely, nothing but prefill is alike."""
+        alike = eval_selectors.decode_rule(a) == eval_selectors.decode_rule(b)
+        prefill = self.held(selector_fidelity.PREFILL, a, b, budget, length)
+        decode = self.held(selector_fidelity.DECODE, a, b, budget, length)
+        return prefill, decode, self.kl(a, b, budget, length) if alike else None
 
 
 def is_above(gaps: Sequence[Estimate | None]) -> bool:
@@ -95,7 +96,8 @@ def is_above(gaps: Sequence[Estimate | None]) -> bool:
 def rivals_table(found: Sequence[Measurement]) -> tuple[Table, str]:
     """Every rule against chance, against what ships and against its single ranking, and what is no better than chance.
 
-    At the longest length and smallest budget; the sentence is of all lengths and budgets.
+    At the longest length and smallest budget; the sentence is of all lengths and budgets. A rule whose authors decode
+    densely has no KL to compare, and one without a budget no part in the sentence: chance would attend less.
     """
     length = max(o.job.length for o in found)
     budget = min(o.budget for o in found if o.job.length == length)
@@ -103,14 +105,15 @@ def rivals_table(found: Sequence[Measurement]) -> tuple[Table, str]:
     names = [n for n in dict.fromkeys(o.selector for o in found) if "/" not in n and n != CHANCE]
     rows: list[tuple[Cell, ...]] = []
     for name in names:
-        against = [pairs.kl(name, other, budget, length) for other in ("shipped", "moments")]
+        own = eval_selectors.decode_rule(name) == "own"
+        against = [pairs.kl(name, other, budget, length) if own else None for other in ("shipped", "moments")]
         rows.append((name, eval_selectors.decode_rule(name), *pairs.all_of(name, CHANCE, budget, length), *against))
     rows.sort(key=lambda row: row[5].value if isinstance(row[5], Estimate) else math.inf)
     exceptions = []
     compared = 0
     for of in sorted({o.job.length for o in found}):
         for within in sorted({o.budget for o in found if o.job.length == of}):
-            for name in names:
+            for name in (each for each in names if registry.parse(each)[0].has_budget):
                 gaps = pairs.all_of(name, CHANCE, within, of)
                 if any(gaps):
                     compared += 1
@@ -207,12 +210,11 @@ def boundary_verdict(table: Table) -> str:
             parts.append(f"{row[2]} less {row[4]} {', '.join(figures)}")
 
     def compared(gaps: dict[str, list[Estimate]]) -> str:
-        return " and ".join(f"{_compared(of)} {family}" for family, of in gaps.items() if of)
+        return " and ".join(f"{_compared(of)} against {family}" for family, of in gaps.items() if of) or "nothing"
 
     among = " and ".join(f"{budget:,}" for budget in budgets)
     text = f"Learned boundaries, at {length:,} tokens and budgets {among}, against chunks of about their length: "
-    text += f"by attention held they {compared(held)}"
-    text += f"; by KL at the answer they {compared(kl)}" if any(kl.values()) else ""
+    text += f"by attention held, {compared(held)}; by KL at the answer, {compared(kl)}"
     return f"{text}. At {budgets[0]:,} (prefill, decode in points, KL in nats): {'; '.join(parts)}."
 
 
@@ -223,9 +225,7 @@ def _negative(one: Estimate) -> Estimate:
 
 
 def _compared(gaps: Sequence[Estimate]) -> str:
-    """Differences in favour of something, as a verb: what no interval leaves out is not said."""
-    wins = any(gap.low is not None and gap.low > 0 for gap in gaps)
-    losses = any(gap.high is not None and gap.high < 0 for gap in gaps)
-    if wins and losses:
-        return "beat in one comparison and lose in another to"
-    return "beat" if wins else "lose to" if losses else "cannot be told from"
+    """How many differences their intervals decide, and how."""
+    wins = sum(gap.low is not None and gap.low > 0 for gap in gaps)
+    losses = sum(gap.high is not None and gap.high < 0 for gap in gaps)
+    return f"{wins} won, {losses} lost and {len(gaps) - wins - losses} undecided of {len(gaps)}"

@@ -193,7 +193,7 @@ Optimizer = torch.optim.AdamW | Optimizers
 def update(optimizer: Optimizer, parameters: list[torch.nn.Parameter], rate: float) -> torch.Tensor:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)  # before a weight is spoilt
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -351,6 +351,8 @@ def load_state(path: pathlib.Path, model: torch.nn.Module, optimizer: Optimizer,
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, map_location=device)
+    if set(state["optimizer"]) != set(optimizer.state_dict()):
+        raise SystemExit(f"{path} was trained with another --optimizer: give the same, or another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["used"]
@@ -393,7 +395,7 @@ class Cache:
     """Encoded clips."""
 
     latents: torch.Tensor  # [N, C, T', h, w], half precision
-    tokens: torch.Tensor  # int64 [N, wordings, MAX_TOKENS], 0 after the caption
+    tokens: torch.Tensor  # int64 [N, wordings, tokens of the longest], 0 after the caption
 
 
 class Words:
@@ -424,7 +426,9 @@ def make_cache(
             path.with_suffix(".new").replace(path)
         parts.append(load_file(path))
     latents = torch.cat([part["latents"] for part in parts])[:count]
-    return Cache(latents.to(device), torch.cat([part["tokens"] for part in parts])[:count].to(device))
+    tokens = torch.cat([part["tokens"] for part in parts])[:count]
+    longest = int((tokens != 0).sum(-1).max())  # what is masked everywhere costs, and changes nothing
+    return Cache(latents.to(device), tokens[..., :longest].contiguous().to(device))
 
 
 @torch.no_grad()
@@ -478,7 +482,6 @@ class Networks(torch.nn.Module):
 def flow_loss(
     networks: Networks, x: torch.Tensor, tokens: torch.Tensor, ratio: float, generator: torch.Generator, device: str
 ) -> torch.Tensor:
-    tokens = tokens[:, : int((tokens != 0).sum(1).max())]
     noise = torch.randn(x.shape, generator=generator, device=device)
     t = draw_times(len(x), ratio, generator, device)
     null = torch.rand(len(x), generator=generator, device=device) < NULL_SHARE
@@ -525,7 +528,7 @@ def train_denoiser(
     saved = time.monotonic()
     while not clock.over:
         stills = clock.share < still
-        size = batch_size * STILLS if stills else batch_size
+        size = min(count, batch_size * STILLS if stills else batch_size)
         if at + size > count:
             order, at = torch.randperm(count, generator=generator, device=device), 0
         chosen = order[at : at + size]

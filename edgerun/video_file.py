@@ -57,7 +57,10 @@ def _write_gif(frames: np.ndarray, fps: float, path: pathlib.Path) -> None:
     from PIL import Image
 
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=1000.0 / fps, loop=0)
+    # A frame lasts whole hundredths of a second, so that some last longer than others and the clip as long as it is.
+    ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]
+    lasting = [10 * max(1, end - before) for before, end in zip([0, *ends], ends, strict=False)]
+    first.save(path, save_all=True, append_images=rest, duration=lasting, loop=0)
 
 
 def _write_strip(frames: np.ndarray, fps: float, path: pathlib.Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 from edgerun import compare
 from edgerun.bundle import Bundle
@@ -83,6 +85,53 @@ def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypat
     assert parts.read_bytes() == whole.read_bytes() and not state.exists()
 
 
+def test_a_run_whose_clip_cannot_be_made_goes_on(
+    bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A decoder that is gone costs no step of the denoiser."""
+    copy, state, clip = tmp_path / "copy.edgerun", tmp_path / "a state", tmp_path / "clip.gif"
+    shutil.copytree(bundle.path, copy)
+    arguments = ["run", str(copy), "--prompt", PROMPT, "-o", str(clip), "--state", str(state)]
+    program = copy / "programs" / "decoder_frames_0.pte"
+    real = VideoSession.generate
+
+    def harmed(self: VideoSession, *given: object, **more: object) -> object:
+        program.rename(program.with_suffix(".gone"))
+        return real(self, *given, **more)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoSession, "generate", harmed)
+        assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"goes on from {state}" in said and state.is_file() and not clip.exists()
+    program.with_suffix(".gone").rename(program)
+    stages: list[str] = []
+
+    def told(self: VideoSession, *given: object, **more: object) -> object:
+        return real(self, *given, **(more | {"on_progress": lambda progress: stages.append(progress.stage)}))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoSession, "generate", told)
+        assert main(arguments) == 0
+    assert clip.is_file() and not state.exists() and set(stages) == {"decode"}
+
+
+def test_the_cosine_rule_of_a_bundle_and_of_a_run() -> None:
+    own = {"kind": "cosine", "evaluations": 0, "latest_time": 0.7, "tolerance": 0.01, "patience": 2}
+    assert video.run_leap(None, own) is None and video.run_leap("cosine", own) is None
+    assert video.run_leap("cosine", {**own, "kind": "none"}) == Leap("cosine")
+    assert video.run_leap("cosine:0.6,0.1,4", own) == Leap("cosine", 0, 0.6, 0.1, 4)
+    assert video.parse_leap("cosine:0.6") == Leap("cosine", latest_time=0.6)
+
+
+def test_a_gif_lasts_as_long_as_its_clip(tmp_path: pathlib.Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (51, 8, 8, 3), dtype=np.uint8)
+    write_clip(frames, 17.0, tmp_path / "c.gif")
+    with Image.open(tmp_path / "c.gif") as read:
+        lasting = [frame.info["duration"] for frame in ImageSequence.Iterator(read)]
+    assert len(lasting) == 51 and sum(lasting) == 3000 and set(lasting) == {50, 60}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -91,6 +140,10 @@ def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypat
         (["-o", "nowhere/c.mp4"], "does not exist"),
         (["-o", "c.mp4", "--lpl", "soon"], "--lpl is 'soon'"),
         (["-o", "c.mp4", "--lpl", "²"], "--lpl is '²'"),
+        (["-o", "c.mp4", "--lpl", "cosine:"], "--lpl is 'cosine:'"),
+        (["-o", "c.mp4", "--lpl", "cosine:2"], "0 < TIME <= 1"),
+        (["-o", "c.mp4", "--lpl", "cosine:0.5,0.1,1,1"], "as cosine:0.6,0.001,3"),
+        (["-o", "c.mp4", "--lpl", "none:1"], "--lpl is 'none:1'"),
         (["-o", "c.mp4", "--state", "nowhere/s"], "its folder does not exist"),
         (["-o", "c.mp4", "--memory-limit", "1MB"], "memory limit of 1000000 bytes"),
         (["-o", "c.mp4", "--device", "toaster"], "there is no device 'toaster'"),

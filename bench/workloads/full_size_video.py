@@ -8,6 +8,13 @@ billion, from bfloat16 to int8), both of full_size_checkpoint.py. Every run is t
 without a limit, bit for bit. Runs that must fail are rows too: half the smallest limit that is feasible, and no limit
 in the same box. Rows are kept as they come and the same command goes on after a stop; checkpoints and bundles are
 removed when nothing needs them any more.
+
+The denoiser's last row, `factors`, sets what all techniques gain together over loading and running one block after
+another against what they gain one by one: LPL's evaluations, TDTM's step with all blocks in memory, and block
+streaming by the formula of arXiv 2502.04363 section 3.3, r = b min(l, e) + d max(0, l - e) - alpha (1 - d / b). l and e
+are those of the run in turn, and alpha, what loading and executing take from each other, of plain steps; so what it
+says of merged ones can be wrong. Steps are compared by their last pass: the first one measures the blocks. TDTM makes
+no load shorter, so that the product is out of reach where loading takes a good part of a step.
 """
 
 from __future__ import annotations
@@ -32,9 +39,12 @@ from edgerun.bundle import Bundle
 from edgerun.errors import EdgerunError, ParityError
 
 BOX = 1.1  # times the limit
-TWO_STEPS = "1,0.5"
-PLAIN, MERGED = ("--merge-steps", "0"), ("--merge-steps", "2")  # TDTM, in the parts that are the default
+TWO_STEPS, THREE_TIMES = "1,0.5", "1,0.66,0.33"
+PLAIN = ("--merge-steps", "0")
+TOGETHER = ("--merge-steps", "3", "--leap", "fixed:2")  # TDTM in the parts that are the default, and LPL
+STEPS, EVALUATIONS = 3, 2  # of the latter
 SMALL_TOKENS, LONG_TOKENS = 20, 300
+PROMPT_TOKENS = 100  # of the denoiser's runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +79,21 @@ def cases(name: str) -> list[Case]:
     """The runs of a model, in order."""
     if name == "denoiser":
         one, two = ("--times", "1", *PLAIN), ("--times", TWO_STEPS, *PLAIN)
-        merged = ("--times", TWO_STEPS, *MERGED)
+        together = ("--times", THREE_TIMES, *TOGETHER)
         return [
             Case("one step, no limit", one, "denoise", limited=False),
             Case("one step", one, "denoise", same_as="one step, no limit"),
             Case("two steps, all resident", two, "denoise", limited=False),
             Case("two steps", two, "denoise", same_as="two steps, all resident"),
-            Case("two steps, no prefetch", (*two, "--prefetch", "0"), "denoise", same_as="two steps, all resident"),
-            Case("two merged steps, all resident", merged, "denoise", limited=False),
-            Case("two merged steps", merged, "denoise", same_as="two merged steps, all resident"),
-            Case("one step, smallest limit", one, "denoise", same_as="one step, no limit", least=1.05),
+            Case(
+                "two steps, one block after another",
+                (*two, "--prefetch", "0"),
+                "denoise",
+                same_as="two steps, all resident",
+                least=1.05,
+            ),
+            Case("all together, all resident", together, "denoise", limited=False),
+            Case("all together", together, "denoise", same_as="all together, all resident"),
             Case("half the smallest limit", one, "denoise", least=0.5, fails=True),
             Case("two steps, the box alone", two, "denoise", box_alone=True, fails=True),
         ]
@@ -218,6 +233,7 @@ def measure_model(model: Model, plan: Plan, work: pathlib.Path, results: ResultF
     kinds = [{"kind": "export", "model": model.name}]
     kinds += [{"kind": "run", "model": model.name, "case": case.name} for case in planned]
     if all(results.find(key) for key in kinds):
+        add_factors(model, results)
         return
     folder, bundle = work / f"{model.name}-checkpoint", work / f"{model.name}.edgerun"
     if results.find(kinds[0]) is None or not bundle.is_dir():
@@ -243,7 +259,8 @@ def measure_model(model: Model, plan: Plan, work: pathlib.Path, results: ResultF
     encoded = None
     if model.name == "denoiser":
         encoded = work / "encoded"
-        tokens = ["--tokens", "3,4,5,1", "--stop-after", "encode", "--state-out", encoded]
+        ids = ",".join(str(3 + i % 3) for i in range(PROMPT_TOKENS - 1)) + ",1"
+        tokens = ["--tokens", ids, "--stop-after", "encode", "--state-out", encoded]
         with memory_box(None) as box:
             box.run([runner_path(), bundle, "--no-verify", *tokens])
     for key, case in zip(kinds[1:], planned, strict=True):
@@ -253,6 +270,73 @@ def measure_model(model: Model, plan: Plan, work: pathlib.Path, results: ResultF
             print(line(results.rows[-1]), flush=True)
     if not keep:
         shutil.rmtree(bundle, ignore_errors=True)
+    add_factors(model, results)
+
+
+def add_factors(model: Model, results: ResultFile) -> None:
+    """The denoiser's last row, when all of its runs are there."""
+    if model.name == "denoiser":
+        runs = [row for row in results.rows if row["kind"] == "run" and row["model"] == model.name]
+        found = results.find({"kind": "factors"})
+        if found is None:
+            found = factors(runs)
+            results.add(found)
+        print(factors_line(found), flush=True)
+
+
+def factors(runs: list[Row]) -> Row:
+    """What the techniques gain one by one and together, from the denoiser's runs. Times in milliseconds."""
+    by_case = {row["case"]: row for row in runs}
+    plain, merged = by_case["two steps, all resident"], by_case["all together, all resident"]
+    turn, streamed, together = (
+        by_case[name] for name in ("two steps, one block after another", "two steps", "all together")
+    )
+
+    def step(row: Row) -> float:
+        return float(row["step_wall_ms"][-1])
+
+    blocks, resident = len(turn["blocks"]), together["resident_blocks"]
+    tdtm = step(plain) / step(merged)
+    loaded = statistics.fmean(block["load_ms"] / block["loads"] for block in turn["blocks"])
+    executed = statistics.fmean(block["execute_ms"] / block["executions"] for block in turn["blocks"])
+    shorter = executed / tdtm
+
+    def gain(executing: float, kept: int) -> float:
+        """Without what loading and executing take from each other."""
+        return blocks * min(loaded, executing) + kept * max(0.0, loaded - executing)
+
+    streaming = 1 - streamed["resident_blocks"] / blocks
+    alpha = gain(executed, streamed["resident_blocks"]) - (blocks * (loaded + executed) - step(streamed))
+    alpha = alpha / streaming if streaming > 0 else 0.0
+    in_turn = blocks * (loaded + shorter)
+    formula = in_turn / (in_turn - gain(shorter, resident) + alpha * (1 - resident / blocks))
+    expected = STEPS / EVALUATIONS * tdtm * formula
+    measured = STEPS * step(turn) / (EVALUATIONS * step(together))
+    return {
+        "kind": "factors",
+        "blocks": blocks,
+        "resident_blocks": resident,
+        "load_of_a_block_ms": loaded,
+        "execute_of_a_block_ms": executed,
+        "alpha_ms": alpha,
+        "evaluations_ratio": STEPS / EVALUATIONS,
+        "tdtm_step_ratio": tdtm,
+        "streaming_ratio_by_formula": formula,
+        "expected_ratio": expected,
+        "measured_ratio": measured,
+        "reached_share": measured / expected,
+    }
+
+
+def factors_line(row: Row) -> str:
+    """The factors in one line."""
+    return (
+        f"  all together {row['measured_ratio']:.2f} times as fast as {STEPS} steps of one block after another; "
+        f"evaluations {row['evaluations_ratio']:.2f} x TDTM {row['tdtm_step_ratio']:.2f} x streaming "
+        f"{row['streaming_ratio_by_formula']:.2f} (l {row['load_of_a_block_ms']:.0f} ms, e "
+        f"{row['execute_of_a_block_ms']:.0f} ms, alpha {row['alpha_ms']:.0f} ms) = {row['expected_ratio']:.2f}: "
+        f"{100 * row['reached_share']:.0f} % of it"
+    )
 
 
 def line(row: Row) -> str:

@@ -4,40 +4,53 @@
 
 Every method starts from the same noise and prompt. Its clip is held against the clip of a reference of 200 Euler steps
 (PSNR, SSIM), read by the detectors (colour, shape and motion all right), and measured for flicker and for how much
-moves. The loss of a method is PSNR(plain) - PSNR(method), its mean over the prompts with a paired 95 % interval; rivals
-are re-spaced Euler and step caching. Nothing is timed: evaluations are counted, and `edgerun bench` times a bundle.
-A row is written when a method is complete; references stay in --work; the same command goes on after a stop.
+moves. The loss of a method is PSNR(plain) - PSNR(method), its mean over the prompts with a paired 95 % interval. Rivals
+are re-spaced Euler and step caching with as many evaluations as each rule takes on average, whose threshold is found on
+other prompts. Nothing is timed: evaluations are counted, and `edgerun bench`
+times a bundle. A row is written when a method is complete; references and clips stay in --work; the same command goes
+on after a stop. What it means is printed, and written as a page with clips side by side (bench/video_quality_page.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-from bench.harness import RESULTS, ResultFile, Row
+from bench.harness import RESULTS, ResultFile, commit
+from bench.video_quality_page import MEASURES, PLAIN, quality_report
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import clip_detectors, clips, video_quality
-from edgerun.evaluation.statistics import paired_difference, wilson_interval
 from edgerun.library_noise import quiet_libraries
 from edgerun.models import rectified_flow
 from edgerun.models.rectified_flow import Sampled, StepRule
 from edgerun.models.text_to_video import VideoCheckpoint
+from edgerun.report import MovingPicture, to_text
+from edgerun.report_html import write_html
 from edgerun.techniques.linear_proportional_leap import CosineLeap, FixedLeap
 from edgerun.techniques.step_caching import StepCaching
-from edgerun.techniques.temporal_token_merging import FrameMerge, adjacent_groups, frame_merge
+from edgerun.techniques.temporal_token_merging import (
+    PAPER_PARTS,
+    PARTS,
+    FrameMerge,
+    adjacent_groups,
+    frame_merge,
+    similar_groups,
+)
 
 SEED = 2026
-PLAIN = "plain"
-MEASURES = ("psnr", "ssim", "flicker", "dynamic")
+PILOT_SEED, PILOT_PROMPTS, HALVINGS = 2027, 6, 7  # for the threshold of step caching
+SHOWN = 3  # prompts whose clips are on the page
+PAIRS, PAIRS_AND_MLP, SIMILAR = "pairs", "pairs, feed-forward too", "similar pairs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +61,27 @@ class Plan:
     prompts: int
     steps: int  # of the plain run
     reference_steps: int
-    evaluations: int  # of the fixed leap and of re-spaced Euler
+    evaluations: int  # of the fixed leap, re-spaced Euler and step caching
+    latest_times: tuple[float, ...]  # of the cosine rule
     merge_steps: tuple[int, ...]
-    thresholds: tuple[float, ...]  # of step caching
+    least_cosine: float  # of frames that count as similar
     threads: int
 
     def methods(self) -> list[Method]:
         """Plain sampling first: the others are compared with it."""
         steps, few, longest = self.steps, self.evaluations, max(self.merge_steps, default=0)
-        return [
+        found = [
             Method(PLAIN, steps),
-            Method(f"Euler, {few} steps", few),
-            Method("LPL, cosine rule", steps, CosineLeap),
             Method(f"LPL after {few}", steps, lambda: FixedLeap(few)),
-            *(Method(f"step caching, {t:g}", steps, lambda t=t: StepCaching(steps, t)) for t in self.thresholds),
+            *(Method(f"LPL, cosine from {t:g}", steps, lambda t=t: CosineLeap(t)) for t in self.latest_times),
             *(Method(f"TDTM, {count} steps", steps, merge_steps=count) for count in self.merge_steps),
-            *([Method(f"LPL, cosine rule, and TDTM, {longest} steps", steps, CosineLeap, longest)] if longest else []),
         ]
+        if longest:
+            more = ((kind, f"TDTM, {longest} steps, {kind}") for kind in (PAIRS_AND_MLP, SIMILAR))
+            found += [Method(name, steps, merge_steps=longest, merge=kind) for kind, name in more]
+            name = f"LPL after {few} and TDTM, {longest} steps"
+            found.append(Method(name, steps, lambda: FixedLeap(few), longest))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +91,15 @@ class Method:
     name: str
     steps: int
     rule: Callable[[], StepRule] | None = None  # makes one for each sample; None: plain Euler
-    merge_steps: int = 0  # first steps whose frames are merged in pairs
+    merge_steps: int = 0  # first steps whose frames are merged
+    merge: str = PAIRS
 
 
 class Sampler:
     """The checkpoint's models, and one clip at a time from them."""
 
-    def __init__(self, checkpoint: VideoCheckpoint) -> None:
+    def __init__(self, checkpoint: VideoCheckpoint, least_cosine: float = 0.9) -> None:
+        self.least_cosine = least_cosine
         self.settings = checkpoint.settings
         self.denoiser = checkpoint.load_denoiser()
         self.autoencoder = checkpoint.load_autoencoder()
@@ -89,7 +108,9 @@ class Sampler:
         latents = config.latent_frames(self.settings.frames)
         size = (self.settings.height // config.spatial_factor, self.settings.width // config.spatial_factor)
         self.shape = (1, config.latent_channels, latents, *size)
-        self.merge = frame_merge(adjacent_groups(latents))
+        pairs = adjacent_groups(latents)
+        parts = {PAIRS: frozenset(PAPER_PARTS), PAIRS_AND_MLP: frozenset(PARTS)}
+        self.merges = {kind: frame_merge(pairs, of) for kind, of in parts.items()}
         chunk = (config.frames_per_chunk, config.temporal_factor)
         pixels = (self.settings.height, self.settings.width)
         self.ratio = rectified_flow.shift_ratio(pixels, self.settings.frames, self.settings.schedule_base, chunk)
@@ -104,18 +125,34 @@ class Sampler:
         merged_until = schedule[method.merge_steps] if method.merge_steps < len(schedule) else -1.0
 
         def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-            merge: FrameMerge | None = self.merge if t > merged_until and method.merge_steps > 0 else None
+            merge = self.merge(method.merge, x, t) if t > merged_until and method.merge_steps > 0 else None
             found = self.denoiser(
                 torch.cat([x, x]),
                 torch.full((2,), t),
                 both,
-                fps=torch.full((2,), float(self.settings.fps)),
-                pixels=(self.settings.height, self.settings.width),
+                fps=self.fps(2),
+                pixels=self.pixels,
                 merge=merge,
             )
             return rectified_flow.guide(*found.chunk(2), self.settings.guidance)
 
         return rectified_flow.sample(velocity, noise, schedule, method.rule() if method.rule is not None else None)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.settings.height, self.settings.width
+
+    def fps(self, count: int) -> torch.Tensor:
+        """[count]."""
+        return torch.full((count,), float(self.settings.fps))
+
+    def merge(self, kind: str, x: torch.Tensor, t: float) -> FrameMerge:
+        """The frames to compute together for latents x at t."""
+        if kind != SIMILAR:
+            return self.merges[kind]
+        tokens = self.denoiser.embed(x, torch.full((1,), t), self.fps(1), self.pixels)[0]
+        return frame_merge(similar_groups(tokens, self.least_cosine))
 
     @torch.inference_mode()
     def clip(self, latents: torch.Tensor) -> torch.Tensor:
@@ -124,33 +161,104 @@ class Sampler:
         return decoded
 
 
-def run(checkpoint: VideoCheckpoint, plan: Plan, work: pathlib.Path, results: ResultFile) -> None:
-    """Measure every method that the results lack."""
+def run(checkpoint: VideoCheckpoint, plan: Plan, work: pathlib.Path, results: ResultFile) -> list[MovingPicture]:
+    """Measure every method that the results lack. Returns clips of the first prompts, side by side."""
     torch.set_num_threads(plan.threads)
-    sampler = Sampler(checkpoint)
+    sampler = Sampler(checkpoint, plan.least_cosine)
     wanted = clips.prompts(plan.prompts, SEED)
     references = [
         sampler.clip(reference(sampler, plan, clip.caption(), index, work))
         for index, clip in enumerate(tqdm(wanted, desc="references", disable=None))
     ]
-    for method in plan.methods():
-        key = {"kind": "method", "method": method.name}
-        if results.find(key) is None:
-            results.add({**key, **measure(sampler, method, wanted, references)})
-    print(*table(results.rows), sep="\n", flush=True)
+    methods = plan.methods()
+    for method in methods:
+        measure_missing(sampler, method, wanted, references, results)
+    # Rivals of equal evaluations: what each rule takes on average, rounded up.
+    rules = [method for method in methods if method.rule is not None and not method.merge_steps]
+    rows = [results.find({"kind": "method", "method": method.name}) for method in rules]
+    means = [sum(row["evaluations"]) / len(row["evaluations"]) for row in rows if row is not None]
+    for count in sorted({math.ceil(mean) for mean in means} - {plan.steps}):
+        threshold = threshold_of(sampler, plan, count, results)
+        caching = Method(
+            f"step caching at {count}", plan.steps, lambda threshold=threshold: StepCaching(plan.steps, threshold)
+        )
+        for rival in (Method(f"Euler, {count} steps", count), caching):
+            methods.append(rival)
+            measure_missing(sampler, rival, wanted, references, results)
+    pictures = []
+    for index, clip in enumerate(wanted[:SHOWN]):
+        shown = [("reference", references[index])]
+        shown += [(one.name, sampler.clip(latents_of(sampler, plan, one, clip, index, work))) for one in methods]
+        pictures += [picture(name, video, checkpoint.settings.fps, clip.caption()) for name, video in shown]
+    return pictures
+
+
+def threshold_of(sampler: Sampler, plan: Plan, count: int, results: ResultFile) -> float:
+    """The threshold of step caching that takes nearest to `count` evaluations on average, by bisection over pilots."""
+    row = results.find({"kind": "threshold", "count": count})
+    if row is None:
+        pilots = [clip.caption() for clip in clips.prompts(PILOT_PROMPTS, PILOT_SEED)]
+        low, high, tried = 1e-3, 1.0, []
+        for _ in tqdm(range(HALVINGS), desc=f"step caching at {count}: threshold", disable=None):
+            middle = math.sqrt(low * high)
+            method = Method("", plan.steps, lambda middle=middle: StepCaching(plan.steps, middle))
+            counts = [sampler.latents(caption, seed, method).evaluations for seed, caption in enumerate(pilots)]
+            mean = sum(counts) / len(counts)
+            tried.append((abs(mean - count), middle, mean))
+            low, high = (middle, high) if mean > count else (low, middle)
+        _, threshold, mean = min(tried)
+        results.add({"kind": "threshold", "count": count, "threshold": threshold, "mean_evaluations": mean})
+        return threshold
+    return float(row["threshold"])
+
+
+def measure_missing(
+    sampler: Sampler,
+    method: Method,
+    wanted: list[clips.Clip],
+    references: list[torch.Tensor],
+    results: ResultFile,
+) -> None:
+    """Add the row of a method, where it is not there."""
+    key = {"kind": "method", "method": method.name}
+    if results.find(key) is None:
+        results.add({**key, **measure(sampler, method, wanted, references)})
+
+
+def latents_of(
+    sampler: Sampler, plan: Plan, method: Method, clip: clips.Clip, index: int, work: pathlib.Path
+) -> torch.Tensor:
+    """What a method makes of a prompt, from `work` where it is of the same plan and code."""
+    whole = hashlib.sha256(repr((plan, commit(), method.name, index)).encode()).hexdigest()[:24]
+    path = work / f"clip_{whole}.pt"
+    return kept(path, lambda: sampler.latents(clip.caption(), index, method).latents)
+
+
+def picture(name: str, video: torch.Tensor, fps: float, caption: str) -> MovingPicture:
+    """A clip [3, T, H, W] in [-1, 1] for the page."""
+    from edgerun.clip_picture import moving_picture
+
+    frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
+    return moving_picture(name, frames, float(fps), alt=f"{name}: {caption}", group=caption)
+
+
+def kept(path: pathlib.Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor in a file, which is made where it is not there."""
+    if path.is_file():
+        found: torch.Tensor = torch.load(path, weights_only=True)
+        return found
+    made = make().clone()
+    unfinished = path.with_suffix(".tmp")
+    torch.save(made, unfinished)
+    unfinished.replace(path)
+    return made
 
 
 def reference(sampler: Sampler, plan: Plan, caption: str, index: int, work: pathlib.Path) -> torch.Tensor:
     """The latents of the reference run, from `work` where they are."""
     path = work / f"reference_{plan.checkpoint[:16]}_{plan.reference_steps}_{index}.pt"
-    if path.is_file():
-        kept: torch.Tensor = torch.load(path, weights_only=True)
-        return kept
-    latents = sampler.latents(caption, index, Method("reference", plan.reference_steps)).latents.clone()
-    unfinished = path.with_suffix(".tmp")
-    torch.save(latents, unfinished)
-    unfinished.replace(path)
-    return latents
+    method = Method("reference", plan.reference_steps)
+    return kept(path, lambda: sampler.latents(caption, index, method).latents)
 
 
 def measure(
@@ -170,26 +278,6 @@ def measure(
     return found
 
 
-def table(rows: list[Row]) -> Iterator[str]:
-    """One line a method; losses are against plain sampling, and caption agreement has Wilson's interval."""
-    plain = next(row for row in rows if row["method"] == PLAIN)
-    yield f"{len(plain['psnr'])} prompts"
-    for row in rows:
-        count = len(row["psnr"])
-        mean = {name: sum(row[name]) / count for name in ("evaluations", *MEASURES)}
-        agreed = wilson_interval(int(sum(row["right"])), count)
-        right, low, high = (100 * share for share in (agreed.estimate, agreed.low, agreed.high))
-        line = (
-            f"  {row['method']:<38} {mean['evaluations']:5.1f} evaluations, PSNR {mean['psnr']:5.2f} dB, SSIM "
-            f"{mean['ssim']:.3f}, right {right:5.1f} % [{low:.1f}, {high:.1f}]"
-            f", flicker {mean['flicker']:.2f}, dynamic degree {mean['dynamic']:.2f}"
-        )
-        if row is not plain:
-            loss = paired_difference(plain["psnr"], row["psnr"])
-            line += f"; loss {loss.estimate:+.2f} dB [{loss.low:+.2f}, {loss.high:+.2f}]"
-        yield line
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a text-to-video folder")
@@ -198,10 +286,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="of the plain run; default: the checkpoint's")
     parser.add_argument("--reference-steps", type=int, default=200, help="default: %(default)s")
     parser.add_argument(
-        "--evaluations", type=int, default=19, help="of a fixed leap and of Euler; default: %(default)s"
+        "--evaluations", type=int, default=19, help="of fixed leap, Euler and caching; default: %(default)s"
     )
-    parser.add_argument("--merge-steps", type=int, nargs="*", default=[10, 30], help="default: %(default)s")
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.05, 0.1], help="default: %(default)s")
+    parser.add_argument("--merge-steps", type=int, nargs="*", default=[10, 15, 30], help="default: %(default)s")
+    parser.add_argument(
+        "--latest-times",
+        type=float,
+        nargs="*",
+        default=[0.5, 0.6, 0.7],
+        help="of the cosine rule; default: %(default)s",
+    )
+    parser.add_argument("--least-cosine", type=float, default=0.9, help="of similar frames; default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "video_quality.json")
     parser.add_argument("--fresh", action="store_true", help="measure every method anew")
@@ -217,16 +312,20 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(
                 f"the reference has {given.reference_steps} steps; give it more than the {steps} of plain sampling"
             )
-        if not all(0.0 < threshold < math.inf for threshold in given.thresholds):
-            parser.error(f"thresholds are {given.thresholds}; each must be above 0 and finite")
+        if not all(0.0 < time <= 1.0 for time in given.latest_times) or not -1.0 <= given.least_cosine <= 1.0:
+            parser.error(
+                f"--latest-times are {given.latest_times} and --least-cosine {given.least_cosine}; times are above 0 "
+                "and at most 1, cosines from -1 to 1"
+            )
         plan = Plan(
             checkpoint.sha256(),
             given.prompts,
             steps,
             given.reference_steps,
             given.evaluations,
+            tuple(given.latest_times),
             tuple(given.merge_steps),
-            tuple(given.thresholds),
+            given.least_cosine,
             given.threads,
         )
         command = " ".join(
@@ -234,10 +333,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         results = ResultFile(given.output, command, dataclasses.asdict(plan), fresh=given.fresh)
         given.work.mkdir(parents=True, exist_ok=True)
-        run(checkpoint, plan, given.work, results)
+        pictures = run(checkpoint, plan, given.work, results)
+        report = quality_report(results.rows, plan.evaluations, pictures, command)
+        write_html(report, given.output.with_suffix(".html"))
+        print(to_text(report, colour=sys.stdout.isatty()), end="", flush=True)
     except EdgerunError as error:
         sys.exit(f"error: {error}")
-    print(f"\nwrote {given.output}")
+    print(f"\nwrote {given.output} and {given.output.with_suffix('.html').name}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ Status VideoSession::open(const std::string& bundle, const VideoOptions& options
     std::unique_ptr<BlockLoader> loader;
     const int64_t decoding = opened->bundle_.frame_bytes() + opened->bundle_.picture_bytes();
     const int64_t reserve = part.stage == VideoStage::kDecode ? decoding : 0;
-    if (Status status = opened->open_chain(part, reserve, nullptr, &loader); !status.ok()) return status;
+    int64_t limit = 0;
+    if (Status status = opened->open_chain(part, reserve, nullptr, &loader, &limit); !status.ok()) return status;
   }
   *session = std::move(opened);
   return Status();
@@ -110,13 +111,15 @@ Status VideoSession::budget(int64_t reserve_bytes, int64_t* bytes) const {
                                               " that the process takes without a model: raise it");
 }
 
+// *limit_bytes: the memory limit that the chain's budget is of.
 Status VideoSession::open_chain(const Part& part, int64_t reserve_bytes, const VideoRun* run,
-                                std::unique_ptr<BlockLoader>* loader) {
+                                std::unique_ptr<BlockLoader>* loader, int64_t* limit_bytes) {
   BlockLoaderOptions options;
   options.prefetch = options_.prefetch;
   options.value_bytes = part.chain->value_bytes;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    *limit_bytes = memory_limit_bytes_;
     if (Status status = budget(reserve_bytes, &options.budget_bytes); !status.ok()) return status;
   }
   if (run != nullptr) {
@@ -130,6 +133,7 @@ Status VideoSession::open_chain(const Part& part, int64_t reserve_bytes, const V
 // What does not fit a budget is said of the memory limit, which is what the caller knows.
 Status VideoSession::of_limit(const Part& part, int64_t budget_bytes, Status status) const {
   if (status.code() != StatusCode::kOutOfMemory || budget_bytes == kUnlimitedBytes) return status;
+  const std::lock_guard<std::mutex> lock(mutex_);
   return Status(StatusCode::kOutOfMemory, "of a memory limit of " + std::to_string(memory_limit_bytes_) + " bytes, " +
                                               std::to_string(budget_bytes) + " are left for the " + part.name + ": " +
                                               status.message());
@@ -139,11 +143,16 @@ template <typename Body>
 Status VideoSession::with_chain(const Part& part, int64_t reserve_bytes, const VideoRun& run, const Body& body) {
   const double begin_ms = now_ms();
   std::unique_ptr<BlockLoader> loader;
-  if (Status status = open_chain(part, reserve_bytes, &run, &loader); !status.ok()) return status;
-  {
+  for (bool current = false; !current;) {  // again where the limit was changed meanwhile
+    loader.reset();
+    int64_t limit_bytes = 0;
+    const Status opened = open_chain(part, reserve_bytes, &run, &loader, &limit_bytes);
     const std::lock_guard<std::mutex> lock(mutex_);
+    current = limit_bytes == memory_limit_bytes_;
+    if (!current) continue;
+    if (!opened.ok()) return opened;
     active_ = loader.get();
-    if (memory_limit_bytes_ > 0) active_base_bytes_ = memory_limit_bytes_ - loader->schedule().budget_bytes();
+    if (limit_bytes > 0) active_base_bytes_ = limit_bytes - loader->schedule().budget_bytes();
   }
   Status status;
   {

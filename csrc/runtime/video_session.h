@@ -104,7 +104,8 @@ class VideoSession {
 
   Status settings(const VideoRun& run, Settings* settings) const;
   Status check_tokens(std::span<const int64_t> tokens) const;
-  Status open_chain(const Part& part, int64_t reserve_bytes, const VideoRun* run, std::unique_ptr<BlockLoader>* loader);
+  Status open_chain(const Part& part, int64_t reserve_bytes, const VideoRun* run, std::unique_ptr<BlockLoader>* loader,
+                    int64_t* limit_bytes);
   Status budget(int64_t reserve_bytes, int64_t* bytes) const;
   Status of_limit(const Part& part, int64_t budget_bytes, Status status) const;
   Status restore(std::span<const uint8_t> state, size_t steps);

@@ -120,7 +120,7 @@ def selectors_report(
 ) -> Report:
     """A table for each length and one by task, plots against density, the first selector's recall by layer.
 
-    everyone: at the longest length no selector is left out of the plots of KL.
+    everyone: at the longest length the plots of KL have every selector with a decode of its own.
     """
     found = [one for one in found if one.density is not None]
     lengths = sorted({one.job.length for one in found})
@@ -365,7 +365,7 @@ def picture_of(contender: Contender, job: Job, name: str, budget: int) -> tuple[
         "%",
         0.0,
         max(1.0, highest),
-        f"{note}; prefill, attended of all causal pairs: a budget is the same for every layer and head",
+        f"{note}; prefill, attended of all causal pairs; a budget is that of every layer and head",
         group="Density by layer and KV head",
         digits=1,
     )

@@ -64,7 +64,8 @@ def add_technique_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lpl",
         metavar="RULE",
-        help="linear proportional leap: none, cosine, or N evaluations and then the leap",
+        help="linear proportional leap: none, N evaluations and then the leap, or cosine[:TIME,TOLERANCE,PATIENCE]: "
+        "not above TIME (0.5), once velocities came no closer by TOLERANCE (0.001) for PATIENCE (3) steps",
     )
     group.add_argument(
         "--tdtm", type=not_negative, metavar="STEPS", help="merge pairs of frames in so many first steps; 0: never"
@@ -89,6 +90,9 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
         guidance=arguments.guidance,
         leap=leap.kind,
         leap_evaluations=leap.evaluations,
+        leap_latest_time=leap.latest_time,
+        leap_tolerance=leap.tolerance,
+        leap_patience=leap.patience,
         merge_steps=arguments.tdtm or 0,
         merge_parts=tuple(part.strip() for part in arguments.tdtm_parts.split(",")),
         merge_possible=arguments.tdtm is not None,
@@ -98,14 +102,37 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
 
 
 def parse_leap(text: str) -> Leap:
-    """The leap rule of "none", "cosine" or a number of evaluations. Raises EdgerunError for anything else."""
+    """The leap rule of "none", "cosine", "cosine:TIME,TOLERANCE,PATIENCE" or a number of evaluations.
+
+    The last numbers of a cosine rule may be left out. Raises EdgerunError for anything else.
+    """
     from edgerun.sessions.video import Leap
 
-    if text in ("none", "cosine"):
-        return Leap("none" if text == "none" else "cosine")
-    if re.fullmatch("[0-9]+", text) and int(text) >= 1:
+    kind, colon, rest = text.partition(":")
+    if kind == "none" and not colon:
+        return Leap("none")
+    if kind == "cosine":
+        given = dict(zip(("latest_time", "tolerance", "patience"), rest.split(","), strict=False)) if colon else {}
+        try:
+            numbers = {name: int(value) if name == "patience" else float(value) for name, value in given.items()}
+            leap = Leap("cosine", **numbers)  # type: ignore[arg-type]
+        except ValueError:
+            leap = None
+        if leap is not None and rest.count(",") <= 2 and 0 < leap.latest_time <= 1 and leap.patience >= 1:
+            return leap
+    elif re.fullmatch("[0-9]+", text) and int(text) >= 1:
         return Leap("fixed", int(text))
-    raise EdgerunError(f"--lpl is {text!r}; write none, cosine, or the number of evaluations before the leap")
+    raise EdgerunError(
+        f"--lpl is {text!r}; write none, the number of evaluations before the leap, cosine, or "
+        "cosine:TIME,TOLERANCE,PATIENCE with 0 < TIME <= 1 and PATIENCE >= 1, as cosine:0.6,0.001,3"
+    )
+
+
+def run_leap(text: str | None, own: dict[str, Any]) -> Leap | None:
+    """The rule that a run is asked for; own: the bundle's, whose numbers a bare "cosine" means. None: the bundle's."""
+    if text is None or (text == "cosine" and own["kind"] == "cosine"):
+        return None
+    return parse_leap(text)
 
 
 def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path) -> int:
@@ -158,7 +185,9 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
 
 def leap_text(leap: dict[str, Any]) -> str:
     """A manifest's leap in words."""
-    return f"after {leap['evaluations']}" if leap["kind"] == "fixed" else str(leap["kind"])
+    if leap["kind"] == "cosine":
+        return f"cosine at times to {leap['latest_time']:g}"
+    return f"after {leap['evaluations']}" if leap["kind"] == "fixed" else "none"
 
 
 def _weights_text(recipe: VideoRecipe) -> str:
@@ -211,7 +240,7 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
         tokens=prompt_tokens(tokenizer, prompt),
         seed=arguments.seed,
         guidance=arguments.guidance,
-        leap=None if arguments.lpl is None else parse_leap(arguments.lpl),
+        leap=run_leap(arguments.lpl, bundle.manifest["video"]["leap"]),
         merge_steps=arguments.tdtm,
         memory_limit_bytes=memory_limit_bytes,
         prefetch=arguments.prefetch,
@@ -234,10 +263,8 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
             clip = device.run(bundle.path, request).clip
     try:
         write_clip(clip.frames, float(bundle.manifest["video"]["fps"]), arguments.output)
-    except OSError:
-        if arguments.state is not None:
-            _save_state(arguments.state, run_facts, state)
-            print(f"edgerun run: the run is kept in {arguments.state}", file=sys.stderr)
+    except BaseException:  # Ctrl-C too
+        _keep(arguments.state, run_facts, state)
         raise
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
@@ -258,7 +285,7 @@ def _run_here(
     state_path: pathlib.Path | None,
     run_facts: dict[str, Any],
 ) -> tuple[Clip, bytes]:
-    """The clip, and the state after it, made in this process; one that Ctrl-C ends is saved at `state_path`."""
+    """The clip, and the state after it, made in this process; a run that ends early is saved at `state_path`."""
     from edgerun.sessions.video import VideoSession
 
     session = VideoSession(
@@ -278,12 +305,17 @@ def _run_here(
             state=saved,
             on_progress=request.on_progress,
         )
-    except KeyboardInterrupt:
-        if state_path is not None and session.state:
-            _save_state(state_path, run_facts, session.state)
-            print(f"edgerun run: stopped; the same command goes on from {state_path}", file=sys.stderr)
+    except BaseException:  # Ctrl-C, and what may be mended, as a memory limit: the steps that are done are kept
+        _keep(state_path, run_facts, session.state)
         raise
     return clip, session.state if state_path is not None else b""
+
+
+def _keep(path: pathlib.Path | None, run_facts: dict[str, Any], state: bytes) -> None:
+    """Save a run that does not end well, where a file for it was given and there is something to go on from."""
+    if path is not None and state:
+        _save_state(path, run_facts, state)
+        print(f"edgerun run: stopped; the same command goes on from {path}", file=sys.stderr)
 
 
 def _check_state_path(arguments: argparse.Namespace) -> None:

@@ -128,6 +128,9 @@ def test_the_papers_mode_must_be_beaten_beyond_the_interval(lab: plans.Lab) -> N
     assert verdict(answers, second, third).startswith(
         "DHSA as it ships keeps dense attention's answers, but is not shown"
     )
+    assert verdict(answers, plans.Plan(third.contenders, ()), third, needs_paper=True).startswith(
+        "DHSA as it ships keeps"
+    )
     worse = answer_everything(lab, second, {paper.name: set(range(20))})
     assert verdict(worse, second, third).startswith("Use DHSA as it ships")
 
@@ -174,7 +177,8 @@ def test_boundaries_are_compared_at_like_length_prompt_by_prompt() -> None:
     assert isinstance(row[8], Estimate) and row[8].value == pytest.approx(-0.1)
     assert row[7] is None and row[9] == 3
     said = boundary_verdict(table)
-    assert "by attention held they beat fixed chunks; by KL at the answer they beat fixed chunks." in said
+    won = "1 won, 0 lost and 0 undecided of 1 against fixed chunks"
+    assert f"by attention held, {won}; by KL at the answer, {won}." in said
     assert "moments-learned less moments-fixed@32 +10.00 [10.00, 10.00], -0.100 [-0.100, -0.100]" in said
 
 
@@ -185,25 +189,29 @@ def test_chunks_of_other_lengths_are_not_compared() -> None:
     assert boundary_table(found).rows == ()
 
 
-@pytest.mark.parametrize(
-    ("gaps", "verb"),
-    [
-        ([(0.1, 0.3), (-0.1, 0.1)], "beat"),
-        ([(-0.3, -0.1), (-0.1, 0.1)], "lose to"),
-        ([(-0.1, 0.1)], "cannot be told from"),
-        ([(0.1, 0.3), (-0.3, -0.1)], "beat in one comparison and lose in another to"),
-    ],
-)
-def test_the_verdict_on_boundaries_goes_by_intervals(gaps: list[tuple[float, float]], verb: str) -> None:
+def test_the_verdict_on_boundaries_counts_what_intervals_decide() -> None:
     rows = tuple(
         (
-            *(8192, 529, f"moments-learned@{i}", 60.0, "moments-fixed", 64.0),
+            *(8192, budget, "moments-learned@2", 60.0, "moments-fixed", 64.0),
             *(Estimate((low + high) / 2, low, high), None, Estimate(-(low + high) / 2, -high, -low), 20),
         )
-        for i, (low, high) in enumerate(gaps)
+        for budget, low, high in ((529, 0.1, 0.3), (1098, -0.3, -0.1), (2048, -0.1, 0.1))
     )
     said = boundary_verdict(dataclasses.replace(boundary_table([]), rows=rows))
-    assert f"by attention held they {verb} fixed chunks; by KL at the answer they {verb} fixed chunks." in said
+    counts = "1 won, 1 lost and 1 undecided of 3 against fixed chunks"
+    assert f"by attention held, {counts}; by KL at the answer, {counts}. At 529 (" in said
+
+
+def test_dense_decode_and_no_budget_are_not_held_against_chance() -> None:
+    jobs = [Job("ruler", "vt", 2048, 0, index) for index in range(3)]
+    found = []
+    for job in jobs:
+        for name, held, kl in (("shuffled", 0.5, 1.0), ("antidiagonal", 0.9, 0.0), ("blasst@-4", 0.4, 2.0)):
+            found += [measurement("prefill", name, job, held), measurement("divergence", name, job, kl)]
+    table, said = rivals_table(found)
+    rows = {row[0]: row for row in table.rows}
+    assert rows["antidiagonal"][4:] == (None, None, None) and rows["antidiagonal"][2] is not None
+    assert said.startswith("Of 1 selectors by length and budget, 1 are better than chance")
 
 
 def test_a_rule_is_held_against_chance_prompt_by_prompt() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -355,6 +356,37 @@ def test_how_many_frames_a_call_decodes_changes_no_pixel(
     clip = VideoSession(copy, threads=1).generate(PROMPT, seed=7, on_progress=told.append)
     assert told[-1].total == 3 + 7 and told[-1].stage == "decode"
     assert (clip.frames == session.generate(PROMPT, seed=7).frames).all()
+
+
+def test_a_limit_set_in_a_run_is_that_of_the_chains_after_it(bundle: pathlib.Path, session: VideoSession) -> None:
+    limited = VideoSession(bundle, threads=1, memory_limit_bytes=2**40)
+    lower = 2 * psutil.Process().memory_info().rss
+    refused: list[str] = []
+
+    def on_progress(progress: Progress) -> None:
+        if (progress.stage, progress.done) == ("denoise", 1):
+            try:
+                limited.set_memory_limit(1)  # below a block: the old one stays
+            except EdgerunError as error:
+                refused.append(str(error))
+            limited.set_memory_limit(lower)
+
+    clip = limited.generate(PROMPT, seed=7, on_progress=on_progress)
+    assert len(refused) == 1
+    assert (clip.frames == session.generate(PROMPT, seed=7).frames).all()
+    budgets = {name: stage["chain"]["budget_bytes"] for name, stage in clip.report["stages"].items()}
+    assert budgets["encode"] > 2**39 and 0 < budgets["denoise"] < lower and 0 < budgets["decode"] < lower
+    assert clip.report["memory_limit_bytes"] == lower
+
+
+def test_a_limit_set_between_runs_is_the_next_ones(bundle: pathlib.Path) -> None:
+    limited = VideoSession(bundle, threads=1, memory_limit_bytes=2**40)
+    limited.set_memory_limit(2**39)
+    clip = limited.generate(PROMPT, seed=7)
+    assert all(0 < stage["chain"]["budget_bytes"] < 2**39 for stage in clip.report["stages"].values())
+    limited.set_memory_limit(1)
+    with pytest.raises(EdgerunError, match="memory limit of 1 bytes"):
+        limited.generate(PROMPT, seed=7)
 
 
 def test_pictures_of_another_size_than_the_memory_limit_counted_are_refused(
