@@ -212,8 +212,15 @@ def boundary_verdict(table: Table) -> str:
     def compared(gaps: dict[str, list[Estimate]]) -> str:
         return " and ".join(f"{_compared(of)} against {family}" for family, of in gaps.items() if of) or "nothing"
 
-    among = " and ".join(f"{budget:,}" for budget in budgets)
-    text = f"Learned boundaries, at {length:,} tokens and budgets {among}, against chunks of about their length: "
+    among = ", ".join(f"{budget:,}" for budget in budgets)
+    decided = [
+        gap for gaps in (*held.values(), *kl.values()) for gap in gaps if (gap.low or 0) > 0 or (gap.high or 0) < 0
+    ]
+    wins = sum((gap.low or 0) > 0 for gap in decided)
+    lead = "are a gain" if wins > len(decided) - wins else "lose" if wins < len(decided) - wins else "are no gain"
+    text = (
+        f"Learned boundaries {lead}: at {length:,} tokens and budgets {among}, against chunks of about their length, "
+    )
     text += f"by attention held, {compared(held)}; by KL at the answer, {compared(kl)}"
     return f"{text}. At {budgets[0]:,} (prefill, decode in points, KL in nats): {'; '.join(parts)}."
 

@@ -178,6 +178,7 @@ def test_boundaries_are_compared_at_like_length_prompt_by_prompt() -> None:
     assert row[7] is None and row[9] == 3
     said = boundary_verdict(table)
     won = "1 won, 0 lost and 0 undecided of 1 against fixed chunks"
+    assert said.startswith("Learned boundaries are a gain: ")
     assert f"by attention held, {won}; by KL at the answer, {won}." in said
     assert "moments-learned less moments-fixed@32 +10.00 [10.00, 10.00], -0.100 [-0.100, -0.100]" in said
 
@@ -199,6 +200,7 @@ def test_the_verdict_on_boundaries_counts_what_intervals_decide() -> None:
     )
     said = boundary_verdict(dataclasses.replace(boundary_table([]), rows=rows))
     counts = "1 won, 1 lost and 1 undecided of 3 against fixed chunks"
+    assert said.startswith("Learned boundaries are no gain: ")
     assert f"by attention held, {counts}; by KL at the answer, {counts}. At 529 (" in said
 
 
