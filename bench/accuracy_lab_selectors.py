@@ -107,8 +107,12 @@ def rivals_table(found: Sequence[Measurement]) -> tuple[Table, str]:
     for name in names:
         own = eval_selectors.decode_rule(name) == "own"
         against = [pairs.kl(name, other, budget, length) if own else None for other in ("shipped", "moments")]
-        rows.append((name, eval_selectors.decode_rule(name), *pairs.all_of(name, CHANCE, budget, length), *against))
-    rows.sort(key=lambda row: row[5].value if isinstance(row[5], Estimate) else math.inf)
+        mine = [o for o in found if (o.selector, o.budget, o.job.length) == (name, budget, length)]
+        densities = [o.density for o in mine if o.density is not None]
+        density = 100 * eval_selectors.average(densities) if densities else None
+        gaps = pairs.all_of(name, CHANCE, budget, length)
+        rows.append((name, eval_selectors.decode_rule(name), density, *gaps, *against))
+    rows.sort(key=lambda row: row[6].value if isinstance(row[6], Estimate) else math.inf)
     exceptions = []
     compared = 0
     for of in sorted({o.job.length for o in found}):
@@ -122,6 +126,7 @@ def rivals_table(found: Sequence[Measurement]) -> tuple[Table, str]:
     columns = (
         Column("selector"),
         Column("decode"),
+        Column("density", "%", 1),
         Column("prefill − chance", "points", 1),
         Column("decode − chance", "points", 1),
         Column("KL − chance", "nats", 3),
@@ -130,7 +135,8 @@ def rivals_table(found: Sequence[Measurement]) -> tuple[Table, str]:
     )
     note = (
         "Paired differences over the same prompts, Student's 95 %. Points: of attention held, of the oracle's. shipped "
-        "ranks twice in decode; moments is the same with one ranking, as the other rules have it. Chance: shuffled."
+        "ranks twice in decode; moments is the same with one ranking, as the other rules have it. Chance: shuffled. "
+        "blasst has no budget: its density is its own."
     )
     title = f"Every rule against chance and against DHSA: {length:,} tokens, budget {budget:,}"
     said = f"Of {compared} selectors by length and budget, {compared - len(exceptions)} are better than chance"

@@ -212,7 +212,7 @@ def test_dense_decode_and_no_budget_are_not_held_against_chance() -> None:
             found += [measurement("prefill", name, job, held), measurement("divergence", name, job, kl)]
     table, said = rivals_table(found)
     rows = {row[0]: row for row in table.rows}
-    assert rows["antidiagonal"][4:] == (None, None, None) and rows["antidiagonal"][2] is not None
+    assert rows["antidiagonal"][5:] == (None, None, None) and rows["antidiagonal"][3] is not None
     assert said.startswith("Of 1 selectors by length and budget, 1 are better than chance")
 
 
@@ -224,7 +224,7 @@ def test_a_rule_is_held_against_chance_prompt_by_prompt() -> None:
             found += [measurement("prefill", name, job, held + 0.01 * i), measurement("divergence", name, job, kl)]
     table, said = rivals_table(found)
     rows = {row[0]: row for row in table.rows}
-    prefill, kl = rows["shipped"][2], rows["shipped"][4]
+    prefill, kl = rows["shipped"][3], rows["shipped"][5]
     assert isinstance(prefill, Estimate) and prefill.value == pytest.approx(40.0) and prefill.n == 4
     assert isinstance(kl, Estimate) and kl.value == pytest.approx(-0.9)
     assert said.startswith("Of 2 selectors by length and budget, 1 are better than chance")
