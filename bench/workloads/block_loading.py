@@ -13,6 +13,9 @@ blocks in memory. Before a row is timed, all must give the same answer bit for b
 with l and e of one block as `prefetch_0` has them without resident blocks (a load counts with what unloading costs),
 and alpha, what loading and executing take from each other, from the same row (arXiv 2502.04363 section 3.3). A row
 with resident blocks takes alpha from the row without, so there the formula predicts and can fail.
+
+The exit status is 1 unless h is at least 0.7 in a row whose load and execute differ by at most 2 times, and below 0.1
+in every row without prefetch.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ MAX_TOKENS = 512
 PREFETCH = (0, 1, 2)
 RATIOS = (1.0, 2.0, 0.5)  # of load to execute, roughly; the number of tokens is chosen for it
 ROOM = 1.02  # of the bytes that a budget must have
+HIDDEN_AT_LEAST, HIDDEN_IN_TURN_BELOW = 0.7, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +240,23 @@ def lines(row: Row) -> list[str]:
     return text
 
 
+def shortfalls(rows: list[Row]) -> list[str]:
+    """What of the gates does not hold, a line each."""
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        even = 0.5 <= row["load_over_execute"] <= 2.0
+        for one in row["candidates"]:
+            kind = "in turn" if one["name"] == "prefetch_0" else "ahead" if even and row["resident"] == 0 else ""
+            shares.setdefault(kind, []).append(one["a_pass"]["hidden_share"])
+    found = []
+    most, highest = max(shares.get("ahead", [0.0])), max(shares.get("in turn", [0.0]))
+    if most < HIDDEN_AT_LEAST:
+        found.append(f"at most {most:.2f} of loading is hidden where it takes 0.5 to 2 executions, not 0.7")
+    if highest >= HIDDEN_IN_TURN_BELOW:
+        found.append(f"without prefetch {highest:.2f} is hidden, which cannot be: the clock is wrong")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="a folder on a disk, for the programs")
@@ -256,6 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
     except EdgerunError as error:
         sys.exit(f"error: {error}")
     print(f"\nwrote {values.output}")
+    if short := shortfalls(results.rows):
+        sys.exit("\n".join(short))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""The whole way on the model that ships: export it dense and sparse, answer a long prompt on two devices, compare.
+"""The whole way on a model that ships, in minutes on two cores.
 
-A few minutes on two cores. Writes both bundles, report.json and report.html (open it in a browser) to --output.
+text: export it dense and sparse, answer a long prompt on two devices, compare.
+video: make clips of captions, plain and with each technique alone and all together, side by side.
+
+Writes the bundles, report.json and report.html (open it in a browser) to --output; video writes its clips there too.
 
 examples
   edgerun demo
+  edgerun demo video
   edgerun demo --output /tmp/demo --no-device        without the emulated arm64 device
 """
 
@@ -17,7 +21,7 @@ import pathlib
 import sys
 
 from edgerun import line_chart
-from edgerun.commands import bench
+from edgerun.commands import bench, demo_video
 from edgerun.commands import eval as evaluation
 from edgerun.commands.common import (
     Clock,
@@ -30,6 +34,7 @@ from edgerun.commands.common import (
 )
 from edgerun.commands.eval_contenders import budget_contenders
 from edgerun.commands.measure import force_on, generate_on
+from edgerun.errors import EdgerunError
 from edgerun.evaluation.answers import Job
 from edgerun.library_noise import quiet_libraries
 from edgerun.machine import available_cores
@@ -37,7 +42,7 @@ from edgerun.recipe import DhsaOptions, Recipe
 from edgerun.report import Cell, Check, Column, Report, Table, write_json, write_whole
 from edgerun.report_html import write_html
 
-SUMMARY = "the whole way on the model that ships, in a few minutes"
+SUMMARY = "the whole way on a model that ships, text or video, in a few minutes"
 MODEL = "zoo:text"
 RECIPES = {
     "dense": Recipe(attention="dense"),
@@ -49,6 +54,9 @@ BENCH_LENGTHS = (1024, 2048, 4096, 8192)
 BENCH_REPEATS = 2
 ACCURACY_TASK, ACCURACY_LENGTH, ACCURACY_SAMPLES = "niah_multikey_2", 4096, 10
 ACCURACY_BUDGETS, ACCURACY_SELECTORS = (384, 768, 1536), ("chunk", "window-sink")
+
+SECOND_DEVICE = "emulated-arm64"
+_OUTPUTS = {"text": pathlib.Path("demo_output"), "video": pathlib.Path("demo_output/video")}
 
 _COLUMNS = (
     Column("device"),
@@ -66,24 +74,35 @@ _COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `edgerun demo`."""
-    default = pathlib.Path("demo_output")
+    parser.add_argument("what", nargs="?", choices=tuple(_OUTPUTS), default="text", help="default: %(default)s")
     parser.add_argument(
-        "-o", "--output", type=pathlib.Path, default=default, metavar="FOLDER", help=f"default: {default}"
+        "-o",
+        "--output",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help=f"default: {_OUTPUTS['text']}, of video {_OUTPUTS['video']}",
     )
-    parser.add_argument("--device", default="emulated-arm64", metavar="D", help="the second one; default: %(default)s")
-    parser.add_argument("--no-device", action="store_true", help="this machine only")
+    parser.add_argument("--device", metavar="D", help=f"text: the second one; default: {SECOND_DEVICE}")
+    parser.add_argument("--no-device", action="store_true", help="text: this machine only")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
 
 
 def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun demo`."""
-    device = None if arguments.no_device else arguments.device
-    report = demonstrate(arguments.output, tools.exporter(), device_name=device, command=tools.command)
+    output: pathlib.Path = arguments.output or _OUTPUTS[arguments.what]
+    if arguments.what == "video":
+        if arguments.device is not None or arguments.no_device:
+            raise EdgerunError("--device and --no-device are of the text demo: leave them out with video")
+        report = demo_video.demonstrate(output, tools.exporter(), command=tools.command)
+        following = f'{output / demo_video.BUNDLE} --prompt "a blue star turns clockwise" -o clip.mp4'
+    else:
+        device = None if arguments.no_device else arguments.device or SECOND_DEVICE
+        report = demonstrate(output, tools.exporter(), device_name=device, command=tools.command)
+        following = f'{output / "dhsa.edgerun"} --prompt "The grass is" --stream'
     status = emit(report, arguments)
     if not arguments.json:
-        page, values = arguments.output / "report.html", arguments.output / "report.json"
-        print(f"\nReport: {page} (open it in a browser) and {values}")
-        print(f'Next:   edgerun run {arguments.output / "dhsa.edgerun"} --prompt "The grass is" --stream')
+        print(f"\nReport: {output / 'report.html'} (open it in a browser) and {output / 'report.json'}")
+        print(f"Next:   edgerun run {following}")
     return status
 
 

@@ -1,0 +1,266 @@
+"""The video half of `edgerun demo`: captions become clips, plain and with every technique, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgerun import compare
+from edgerun.commands.common import Clock, Exporter, begin_report, checkpoint_path, stage_bar
+from edgerun.report import Cell, Check, Column, MovingPicture, Report, Table, write_json
+from edgerun.report_html import write_html
+from edgerun.sessions.video import Leap
+from edgerun.video_recipe import VideoRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgerun.bundle import Bundle
+    from edgerun.devices import VideoRunReport
+    from edgerun.evaluation.clips import Clip
+
+MODEL = "zoo:video"
+RECIPE = VideoRecipe(leap="fixed", leap_evaluations=19, merge_steps=30, merge_possible=True)
+PROMPTS, PROMPTS_SEED = 3, 7
+REFERENCE_STEPS = 200
+LIMIT_SHARE = 0.75  # of plain sampling's peak RSS: the memory limit where programs stream
+BUNDLE, PAGE, VALUES = "video.edgerun", "report.html", "report.json"
+REFERENCE, PLAIN = f"reference, {REFERENCE_STEPS} steps", "plain"
+STREAMED, TOGETHER = "blocks streamed", "all together"
+
+_COLUMNS = (
+    Column("method"),
+    Column("time", "s", 2),
+    Column("denoising", "s", 2),
+    Column("NFE", digits=1),
+    Column("peak RSS", "MiB", 0),
+    Column("as the caption says"),
+    Column("PSNR", "dB", 1),
+    Column("SSIM", digits=3),
+    Column("flicker", "levels", 1),
+    Column("dynamic degree", "px/frame", 2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to run the bundle. steps: None for the bundle's own."""
+
+    name: str
+    leap: Leap = dataclasses.field(default_factory=lambda: Leap("none"))
+    merge_steps: int = 0
+    steps: int | None = None
+    memory_limit_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A clip that a method made, what its run took, and how good it is."""
+
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    seconds: float
+    denoise_seconds: float
+    evaluations: int
+    peak_rss_bytes: int
+    right: bool  # as the caption says
+    psnr_db: float | None  # None: of the reference itself, or equal to it
+    ssim: float | None
+    flicker: float
+    dynamic_degree: float
+
+
+def techniques(video: dict[str, Any], memory_limit_bytes: int) -> list[Method]:
+    """Each technique of a manifest's "video" alone, and all of them."""
+    leap = Leap(**{field.name: video["leap"][field.name] for field in dataclasses.fields(Leap)})
+    merged = video["merge"]["steps"] if "merge" in video else 0
+    found = []
+    if leap.kind != "none":
+        found.append(Method("LPL", leap))
+    if merged:
+        found.append(Method("TDTM", merge_steps=merged))
+    found.append(Method(STREAMED, memory_limit_bytes=memory_limit_bytes))
+    return [*found, Method(TOGETHER, leap, merged, None, memory_limit_bytes)]
+
+
+def respaced(times: Sequence[float], steps: int) -> list[float]:
+    """`steps` times of the same schedule (edgerun/models/rectified_flow.py) as `times`, of which there are two or more.
+
+    The schedule's ratio is read from the second time.
+    """
+    from edgerun.models import rectified_flow
+
+    u = 1.0 - 1.0 / len(times)
+    return rectified_flow.times(steps, times[1] * (1.0 - u) / (u * (1.0 - times[1])))
+
+
+def demonstrate(output: pathlib.Path, exporter: Exporter, *, command: str = "", model: str = MODEL) -> Report:
+    """Do it all and write the bundle, the clips and the reports to `output`. Raises EdgerunError as the stages do."""
+    from edgerun.evaluation import clips
+    from edgerun.video_file import write_clip
+
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint, clock = checkpoint_path(model), Clock(say=True)
+    print("edgerun demo video: captions become clips, plain and with every technique", file=sys.stderr)
+    with clock.step("export, a program for every block"), stage_bar("export") as progress:
+        bundle = exporter.export_video_bundle(checkpoint, RECIPE, output / BUNDLE, overwrite=True, progress=progress)
+    video = bundle.manifest["video"]
+    wanted, fps = clips.prompts(PROMPTS, PROMPTS_SEED), float(video["fps"])
+    made: dict[str, list[Made]] = {}
+
+    def sample(method: Method) -> None:
+        best = made.get(REFERENCE)
+        with clock.step(f"{method.name}, {len(wanted)} captions"):
+            made[method.name] = [
+                _measured(_run(bundle, clip.caption(), seed, method), clip, best[seed].frames if best else None)
+                for seed, clip in enumerate(wanted)
+            ]
+
+    sample(Method(REFERENCE, steps=REFERENCE_STEPS))
+    sample(Method(PLAIN))
+    limit = int(LIMIT_SHARE * max(one.peak_rss_bytes for one in made[PLAIN]))
+    for method in techniques(video, limit):
+        sample(method)
+    shown: list[MovingPicture] = []
+    for index, clip in enumerate(wanted):
+        for name, all_made in made.items():
+            shown.append(_picture(name, all_made[index], fps, clip.caption()))
+            if name in (PLAIN, TOGETHER):
+                write_clip(all_made[index].frames, fps, output / f"{name.replace(' ', '_')}_{index}.mp4")
+    report = dataclasses.replace(
+        begin_report("demo", "edgerun demo video: captions become clips", command),
+        verdict=_verdict(made),
+        facts=_facts(model, bundle, limit),
+        tables=(Table("Ways to sample", _COLUMNS, tuple(_row(name, of) for name, of in made.items()), _note(video)),),
+        checks=_checks(made, limit),
+        clips=tuple(shown),
+        steps=tuple(clock.steps),
+    )
+    write_json(report, output / VALUES)
+    write_html(report, output / PAGE)
+    return report
+
+
+def _run(bundle: Bundle, caption: str, seed: int, method: Method) -> VideoRunReport:
+    """In a process of its own, so that its peak RSS is the run's."""
+    from edgerun.commands.video import prompt_tokenizer, prompt_tokens
+    from edgerun.devices import VideoRunRequest, open_device
+
+    request = VideoRunRequest(
+        tokens=prompt_tokens(prompt_tokenizer(bundle), caption),
+        seed=seed,
+        times=None if method.steps is None else tuple(respaced(bundle.manifest["video"]["times"], method.steps)),
+        leap=method.leap,
+        merge_steps=method.merge_steps,
+        memory_limit_bytes=method.memory_limit_bytes,
+    )
+    return open_device("host").run(bundle.path, request)
+
+
+def _tensor(frames: np.ndarray) -> torch.Tensor:
+    """The clip as the measures take it: float32 [3, T, H, W] in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+
+
+def _measured(report: VideoRunReport, wanted: Clip, best: np.ndarray | None) -> Made:
+    """best: the reference's frames."""
+    from edgerun.evaluation import clip_detectors, video_quality
+
+    frames, run = report.clip.frames, report.clip.report
+    video = _tensor(frames)
+    seconds = {name: run["stages"][name]["wall_ms"] / 1e3 for name in ("encode", "denoise", "decode")}
+    differs = best is not None and not np.array_equal(frames, best)
+    return Made(
+        frames=frames,
+        seconds=sum(seconds.values()),
+        denoise_seconds=seconds["denoise"],
+        evaluations=report.clip.evaluations,
+        peak_rss_bytes=run["peak_rss_bytes"],
+        right=clip_detectors.agreement(clip_detectors.detect(video), wanted).all,
+        psnr_db=video_quality.psnr(video, _tensor(best)) if best is not None and differs else None,
+        ssim=video_quality.ssim(video, _tensor(best)) if best is not None and differs else None,
+        flicker=video_quality.temporal_flicker(video),
+        dynamic_degree=video_quality.dynamic_degree(video),
+    )
+
+
+def _row(name: str, made: list[Made]) -> tuple[Cell, ...]:
+    def mean(of: str) -> float | None:
+        known = [getattr(one, of) for one in made if getattr(one, of) is not None]
+        return statistics.fmean(known) if known else None
+
+    return (
+        name,
+        mean("seconds"),
+        mean("denoise_seconds"),
+        mean("evaluations"),
+        max(one.peak_rss_bytes for one in made) / 2**20,
+        f"{sum(one.right for one in made)} of {len(made)}",
+        mean("psnr_db"),
+        mean("ssim"),
+        mean("flicker"),
+        mean("dynamic_degree"),
+    )
+
+
+def _checks(made: dict[str, list[Made]], limit: int) -> tuple[Check, ...]:
+    """Streaming changes nothing, and holds its limit."""
+    pairs = zip(made[PLAIN], made[STREAMED], strict=True)
+    levels = max(compare.max_abs(streamed.frames, plain.frames) for plain, streamed in pairs)
+    peak = max(one.peak_rss_bytes for name in (STREAMED, TOGETHER) for one in made[name])
+    return (
+        Check("streamed against plain: largest difference in levels", levels, 0.0, False, levels == 0.0),
+        Check("peak RSS with a limit, in bytes", float(peak), float(limit), False, peak <= limit),
+    )
+
+
+def _picture(name: str, made: Made, fps: float, caption: str) -> MovingPicture:
+    from edgerun.clip_picture import moving_picture
+
+    return moving_picture(name, made.frames, fps, alt=f"{name}: {caption}", group=caption)
+
+
+def _verdict(made: dict[str, list[Made]]) -> str:
+    def mean(name: str, of: str) -> float:
+        return statistics.fmean(getattr(one, of) for one in made[name])
+
+    def peak(name: str) -> float:
+        return max(one.peak_rss_bytes for one in made[name]) / 2**20
+
+    right = {name: sum(one.right for one in made[name]) for name in (PLAIN, TOGETHER)}
+    return (
+        f"All techniques together denoise {mean(PLAIN, 'denoise_seconds') / mean(TOGETHER, 'denoise_seconds'):.2f} "
+        f"times as fast as plain sampling, {mean(TOGETHER, 'evaluations'):g} evaluations instead of "
+        f"{mean(PLAIN, 'evaluations'):g}, in a process of {peak(TOGETHER):.0f} MiB instead of {peak(PLAIN):.0f} MiB; "
+        f"{right[TOGETHER]} of {len(made[PLAIN])} clips are what the caption says, of plain sampling {right[PLAIN]}."
+    )
+
+
+def _facts(model: str, bundle: Bundle, limit: int) -> tuple[tuple[str, Cell], ...]:
+    from edgerun.commands.video import leap_text, merge_text
+
+    video = bundle.manifest["video"]
+    return (
+        ("model", model),
+        ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
+        ("sampler", f"{video['steps']} steps, guidance {video['guidance']:g}"),
+        ("techniques", f"LPL {leap_text(video['leap'])}, {merge_text(video)}"),
+        ("memory limit where programs stream", f"{limit / 2**20:.1f} MiB, {LIMIT_SHARE:.0%} of plain sampling's peak"),
+        ("programs", sum(len(names) for names in bundle.manifest["chains"].values())),
+    )
+
+
+def _note(video: dict[str, Any]) -> str:
+    return (
+        "Means over the captions, peak RSS the largest. A caption's noise is the same for all. PSNR and SSIM are "
+        "against the reference's clip; colour, shape and motion are read back from the pixels. "
+        f"{video['steps']} steps but for the reference. With a limit, programs stream from the disk and the whole "
+        "process stays below it; without, every program is in memory."
+    )

@@ -1,0 +1,87 @@
+"""The video half of `edgerun demo`: its schedule, its methods and gates, and the whole way on a random model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgerun import cli
+from edgerun.commands import demo_video
+from edgerun.commands.demo_video import PLAIN, REFERENCE, STREAMED, TOGETHER, Made
+from edgerun.evaluation import clips
+from edgerun.models import rectified_flow
+from edgerun.sessions.video import Leap
+from tests.models import tiny_video_checkpoint
+
+LEAP = {"kind": "fixed", "evaluations": 19, "latest_time": 0.5, "tolerance": 1e-3, "patience": 3}
+VIDEO: dict[str, Any] = {"leap": LEAP, "merge": {"steps": 10}}
+MADE = Made(np.zeros((2, 4, 4, 3), np.uint8), 2.0, 1.5, 30, 100, True, 30.0, 0.9, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 1.94])
+def test_more_steps_of_the_same_schedule(ratio: float) -> None:
+    expected = rectified_flow.times(200, ratio)
+    assert demo_video.respaced(rectified_flow.times(30, ratio), 200) == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_technique_alone_and_all_together() -> None:
+    leap, merged, streamed, together = demo_video.techniques(VIDEO, 1000)
+    assert (leap.leap, leap.merge_steps, leap.memory_limit_bytes) == (Leap("fixed", 19), 0, None)
+    assert (merged.leap, merged.merge_steps, merged.memory_limit_bytes) == (Leap("none"), 10, None)
+    assert (streamed.leap, streamed.merge_steps, streamed.memory_limit_bytes) == (Leap("none"), 0, 1000)
+    assert (together.leap, together.merge_steps, together.memory_limit_bytes) == (Leap("fixed", 19), 10, 1000)
+
+
+def test_a_technique_that_is_off_is_left_out() -> None:
+    without = {"leap": {**LEAP, "kind": "none"}}
+    assert [method.name for method in demo_video.techniques(without, 1000)] == [STREAMED, TOGETHER]
+
+
+def test_gates_see_another_clip_and_a_limit_that_does_not_hold() -> None:
+    made = {PLAIN: [MADE], STREAMED: [MADE], TOGETHER: [MADE]}
+    assert all(check.passed for check in demo_video._checks(made, 100))
+    assert [check.passed for check in demo_video._checks(made, 99)] == [True, False]
+    other = dataclasses.replace(MADE, frames=MADE.frames + np.uint8(1))
+    assert [check.passed for check in demo_video._checks({**made, STREAMED: [other]}, 100)] == [False, True]
+
+
+def test_the_verdict_counts_what_is_right() -> None:
+    fast = dataclasses.replace(MADE, denoise_seconds=0.5, evaluations=19, peak_rss_bytes=50 * 2**20, right=False)
+    plain = dataclasses.replace(MADE, peak_rss_bytes=80 * 2**20)
+    said = demo_video._verdict({PLAIN: [plain, plain], TOGETHER: [fast, dataclasses.replace(fast, right=True)]})
+    assert said == (
+        "All techniques together denoise 3.00 times as fast as plain sampling, 19 evaluations instead of 30, in a "
+        "process of 50 MiB instead of 80 MiB; 1 of 2 clips are what the caption says, of plain sampling 2."
+    )
+
+
+def test_options_of_the_text_demo_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "video", "--no-device"]) == 2
+    assert "--no-device are of the text demo" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgerun.export as exporter
+
+    words = clips.caption_words()
+    source = tiny_video_checkpoint.write(tmp_path / "a model", words=words, max_tokens=20, height=32, width=32)
+    monkeypatch.setattr(demo_video, "LIMIT_SHARE", 2.0)  # of a model so small that the process is most of it
+    monkeypatch.setattr(demo_video, "RECIPE", dataclasses.replace(demo_video.RECIPE, leap_evaluations=2, merge_steps=3))
+    report = demo_video.demonstrate(tmp_path / "out put", exporter, model=str(source))
+    assert report.passed
+    table = report.tables[0]
+    names = [row[0] for row in table.rows]
+    assert names == [REFERENCE, PLAIN, "LPL", "TDTM", STREAMED, TOGETHER]
+    evaluations = {row[0]: row[3] for row in table.rows}
+    assert [evaluations[name] for name in names] == [200, 4, 2, 4, 4, 2]
+    written = {path.name for path in (tmp_path / "out put").iterdir()}
+    clip_names = {f"{name}_{index}.mp4" for name in ("plain", "all_together") for index in range(demo_video.PROMPTS)}
+    assert written == {demo_video.BUNDLE, demo_video.PAGE, demo_video.VALUES} | clip_names
+    values = json.loads((tmp_path / "out put" / demo_video.VALUES).read_text())
+    assert len(values["clips"]) == len(names) * demo_video.PROMPTS
