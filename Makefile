@@ -65,7 +65,7 @@ arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, wher
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \
 	  else echo "note: no aarch64-linux-gnu-g++ here, so the arm64 build is left out (make packages)"; fi
 
-demo: set-up arm64  ## the shipped models: a long prompt answered dense and sparse, clips from captions; into demo_output/
+demo: set-up arm64  ## the shipped models: a long prompt answered dense and sparse, captions made clips: demo_output/
 	$(BIN)/edgerun demo --output demo_output
 	$(BIN)/edgerun demo video --output demo_output/video
 

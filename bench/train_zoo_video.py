@@ -1,5 +1,5 @@
-"""Train the video zoo model on generated clips: the autoencoder of frames, the one over time, then text encoder and
-denoiser on their latents.
+"""Train the video zoo model on generated clips: the autoencoder of frames, the one over time, the text encoder on what
+captions mean, then with it the denoiser on latents.
 
 Clips and captions come from edgerun.evaluation.clips, drawn and rendered on the training device; combinations of
 colour, shape and motion that are held out are never trained on. The denoiser learns Open-Sora's rectified flow: times
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["frames", "time", "text", "denoiser", "check", "show", "export"])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--batch", type=int, help="clips a step")
+    parser.add_argument("--batch", type=int, help="clips a step; of text, captions")
     parser.add_argument("--clips", type=int, default=32_000, help="clips in the cache of latents")
     parser.add_argument("--peak", type=float, help="highest learning rate")
     parser.add_argument("--decay", type=float, default=0.5, help="share of the time over which the rate falls to zero")
@@ -146,7 +146,7 @@ def main() -> None:
     elif given.stage == "time":
         train_time(given.out, given.minutes, given.batch or 8, given.peak or 5e-4, given.device)
     elif given.stage == "text":
-        train_text(given.out, given.minutes, given.batch or 256, given.peak or 1e-3, given.device)
+        train_text(given.out, given.minutes, given.batch or 256, given.peak or 1e-3, given.decay, given.device)
     elif given.stage == "denoiser":
         train_denoiser(
             given.out,

@@ -15,6 +15,7 @@ from bench.zoo_video_common import (
     FRAMES,
     VAE,
     Clock,
+    Means,
     load_state,
     log,
     mixed,
@@ -66,7 +67,7 @@ def train_frames(out: pathlib.Path, minutes: float, batch_size: int, peak: float
     path = out / "frames.state"
     step, used = load_state(path, part, optimizer, device)
     generator, rng = torch.Generator(device).manual_seed(1 + step), random.Random(2 + step)
-    clock, saved, sums = Clock(minutes, used), time.monotonic(), torch.zeros(2, device=device)
+    clock, saved, sums = Clock(minutes, used), time.monotonic(), Means(2, device)
     while not clock.over:
         batch = some_frames(clips.sample_batch(batch_size, generator, device), rng.randrange(FRAMES), 1)
         frames = clips.render(batch)[:, :, 0]
@@ -74,11 +75,10 @@ def train_frames(out: pathlib.Path, minutes: float, batch_size: int, peak: float
             back = part.decode(part.moments(frames)[:, : VAE.latent_channels])
         pixel_error(back, frames, near_the_shape(batch)[:, :, 0]).backward()
         norm = update(optimizer, parameters, clock.rate(step, peak, 50, 0.4))
-        sums += torch.stack([(back.detach().float() - frames).square().mean(), norm])
+        sums.add((back.detach().float() - frames).square().mean(), norm)
         step += 1
         if step % 100 == 0:
-            squared, norm_mean = (sums / 100).tolist()
-            sums.zero_()
+            squared, norm_mean = sums.take()
             log(out, stage="frames", step=step, seconds=clock.used, mean_squared=squared, norm=norm_mean)
         if time.monotonic() - saved > 120:
             save_training(path, part, optimizer, step, clock)
@@ -104,7 +104,7 @@ def train_time(out: pathlib.Path, minutes: float, batch_size: int, peak: float, 
     path = out / "time.state"
     step, used = load_state(path, part, optimizer, device)
     generator, rng = torch.Generator(device).manual_seed(5 + step), random.Random(6 + step)
-    clock, saved, sums = Clock(minutes, used), time.monotonic(), torch.zeros(4, device=device)
+    clock, saved, sums = Clock(minutes, used), time.monotonic(), Means(4, device)
     while not clock.over:
         batch = some_frames(clips.sample_batch(batch_size, generator, device), CHUNK * rng.randrange(3), CHUNK)
         video, weights = clips.render(batch), near_the_shape(batch)
@@ -122,11 +122,10 @@ def train_time(out: pathlib.Path, minutes: float, batch_size: int, peak: float, 
         (0.2 * error_latents + error_pixels + KL_WEIGHT * divergence).backward()
         norm = update(optimizer, parameters, clock.rate(step, peak, 50, 0.4))
         squared = (pixels.detach().float() - video[:, :, seen]).square().mean()
-        sums += torch.stack([squared, error_latents.detach(), divergence.detach(), norm])
+        sums.add(squared, error_latents, divergence, norm)
         step += 1
         if step % 50 == 0:
-            squared, latents, nats, norm_mean = (sums / 50).tolist()
-            sums.zero_()
+            squared, latents, nats, norm_mean = sums.take()
             log(
                 out,
                 stage="time",

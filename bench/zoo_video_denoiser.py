@@ -24,6 +24,7 @@ from bench.zoo_video_common import (
     TEXT,
     VAE,
     Clock,
+    Means,
     Optimizers,
     load_state,
     log,
@@ -143,7 +144,7 @@ class Reader(torch.nn.Module):
 
 def read_captions(count: int, seed: int, words: Words, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Token ids [count, longest] of captions of the seen split, and the index of what each says."""
-    prompts = clips.prompts(count, seed, "seen")
+    prompts = clips.sample_clips(count, seed, "seen")
     rows = [words.encode(clip.caption()) for clip in prompts]
     longest = max(map(len, rows))
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows], device=device)
@@ -154,27 +155,29 @@ def read_captions(count: int, seed: int, words: Words, device: str) -> tuple[tor
     return tokens, said
 
 
-def train_text(out: pathlib.Path, minutes: float, batch_size: int, peak: float, device: str) -> None:
+def train_text(out: pathlib.Path, minutes: float, batch_size: int, peak: float, decay: float, device: str) -> None:
     """The text encoder alone, on what captions mean, so that the denoiser need not find out through noise."""
+    if (out / "denoiser.state").exists() or (out / "denoiser").exists():
+        raise SystemExit(f"{out} has a denoiser, which was trained with its own text encoder: give another --out")
     words = Words()
     reader = Reader(words).to(device)
     parameters = list(reader.parameters())
     optimizer = optimizer_for(parameters, device)
     path = out / "text.state"
     step, used = load_state(path, reader, optimizer, device)
-    clock, sums = Clock(minutes, used), torch.zeros(2, device=device)
+    clock, sums = Clock(minutes, used), Means(2, device)
     while not clock.over:
         loss, right = reader.loss(*read_captions(batch_size, 1_000_000 + step, words, device))
         loss.backward()
-        update(optimizer, parameters, clock.rate(step, peak, 50, 0.5))
-        sums += torch.stack([loss.detach(), right])
+        update(optimizer, parameters, clock.rate(step, peak, 50, decay))
+        sums.add(loss, right)
         step += 1
         if step % 100 == 0:
-            loss_mean, right_mean = (sums / 100).tolist()
-            sums.zero_()
+            loss_mean, right_mean = sums.take()
             log(out, stage="text", step=step, seconds=clock.used, loss=loss_mean, right=right_mean)
     save_training(path, reader, optimizer, step, clock)
-    write_text(out, reader.text, words)
+    if not clock.stopped:
+        write_text(out, reader.text, words)
 
 
 def draw_times(count: int, ratio: float, generator: torch.Generator, device: str) -> torch.Tensor:
@@ -183,7 +186,7 @@ def draw_times(count: int, ratio: float, generator: torch.Generator, device: str
 
 
 class Networks(torch.nn.Module):
-    """What the second stage trains."""
+    """What the last stage trains."""
 
     def __init__(self, words: Words) -> None:
         super().__init__()
@@ -210,9 +213,6 @@ def muon_for(networks: Networks, device: str) -> Optimizers:
     rest = [p for p in networks.parameters() if id(p) not in inner]
     muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return Optimizers([muon, optimizer_for(rest, device)])
-
-
-Optimizer = torch.optim.AdamW | Optimizers
 
 
 def flow_loss(
@@ -262,7 +262,7 @@ def train_denoiser(
     generator = torch.Generator(device).manual_seed(20 + step)
     ratio = rectified_flow.shift_ratio((SIDE, SIDE), FRAMES, BASE)
     order = torch.randperm(count, generator=generator, device=device)
-    at, sums = 0, torch.zeros(2, device=device)
+    at, sums = 0, Means(2, device)
     saved = time.monotonic()
     while not clock.over:
         stills = clock.share < still
@@ -279,12 +279,11 @@ def train_denoiser(
         loss = flow_loss(networks, latents.float(), tokens, ratio, generator, device)
         loss.backward()
         norm = update(optimizer, parameters, clock.rate(step, peak, 200, decay))
-        sums += torch.stack([loss.detach(), norm])
+        sums.add(loss, norm)
         step += 1
         every = 100 if device == "cuda" else 50
         if step % every == 0:
-            loss_mean, norm_mean = (sums / every).tolist()
-            sums.zero_()
+            loss_mean, norm_mean = sums.take()
             log(out, stage="denoiser", step=step, seconds=clock.used, loss=loss_mean, norm=norm_mean)
         if time.monotonic() - saved > 300:
             save_training(path, networks, optimizer, step, clock)

@@ -107,6 +107,14 @@ def checkpoint_path(text: str) -> pathlib.Path:
         raise EdgerunError(str(error)) from error
 
 
+def make_folder(path: pathlib.Path) -> None:
+    """Make a folder for results, with its parents. Raises EdgerunError where a file is in the way."""
+    for one in (path, *path.parents):
+        if one.exists() and not one.is_dir():
+            raise EdgerunError(f"{path}: {one} is a file, not a folder: give another --output")
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def byte_size(text: str) -> int:
     """Bytes of "800MB", "4GiB" or a plain count. Raises ArgumentTypeError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())

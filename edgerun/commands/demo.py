@@ -18,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import pathlib
+import shlex
 import sys
 
 from edgerun import line_chart
@@ -30,6 +31,7 @@ from edgerun.commands.common import (
     begin_report,
     checkpoint_path,
     emit,
+    make_folder,
     stage_bar,
 )
 from edgerun.commands.eval_contenders import budget_contenders
@@ -94,11 +96,11 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         if arguments.device is not None or arguments.no_device:
             raise EdgerunError("--device and --no-device are of the text demo: leave them out with video")
         report = demo_video.demonstrate(output, tools.exporter(), command=tools.command)
-        following = f'{output / demo_video.BUNDLE} --prompt "a blue star turns clockwise" -o clip.mp4'
+        following = f'{shlex.quote(str(output / demo_video.BUNDLE))} --prompt "a blue star turns clockwise" -o clip.mp4'
     else:
         device = None if arguments.no_device else arguments.device or SECOND_DEVICE
         report = demonstrate(output, tools.exporter(), device_name=device, command=tools.command)
-        following = f'{output / "dhsa.edgerun"} --prompt "The grass is" --stream'
+        following = f'{shlex.quote(str(output / "dhsa.edgerun"))} --prompt "The grass is" --stream'
     status = emit(report, arguments)
     if not arguments.json:
         print(f"\nReport: {output / 'report.html'} (open it in a browser) and {output / 'report.json'}")
@@ -116,7 +118,7 @@ def demonstrate(output: pathlib.Path, exporter: Exporter, *, device_name: str | 
 
     if device_name is not None:
         open_device(device_name)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     checkpoint, clock = checkpoint_path(MODEL), Clock(say=True)
     print("edgerun demo: a small model, exported with dense and with sparse attention, on two devices", file=sys.stderr)
     bundles = {name: output / f"{name}.edgerun" for name in RECIPES}

@@ -1,6 +1,7 @@
 """The zoo's text model: the folder is whole, and its tokenizer gives exactly the text's UTF-8 bytes."""
 
 import json
+import pathlib
 
 import pytest
 from hypothesis import example, given
@@ -19,6 +20,15 @@ def test_unknown_name_says_what_there_is() -> None:
     assert "text" in zoo_model_names()
     with pytest.raises(ValueError, match="no zoo model is named 'txt'; there is text"):
         zoo_model_path("txt")
+
+
+def test_a_model_is_a_folder_with_the_file_of_its_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("words/config.json", "clips/video.json", "neither/readme.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr("edgerun.zoo._FOLDER", tmp_path)
+    assert zoo_model_names() == ("clips", "words")
+    assert zoo_model_path("clips") == tmp_path / "clips"
 
 
 def test_folder_is_whole_and_small() -> None:

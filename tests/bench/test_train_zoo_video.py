@@ -1,0 +1,63 @@
+"""What the trainer of the video zoo model computes by itself."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import zoo_video_common as common
+from bench import zoo_video_denoiser as denoiser
+from edgerun import compare
+
+
+@pytest.mark.parametrize("mask", [None, "boolean", "added"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attention_by_products_is_torchs(mask: str | None, scale: float | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, count, 8, dtype=torch.float64) for count in (5, 7, 7))
+    given = None
+    if mask is not None:
+        kept = torch.arange(7)[None] < torch.tensor([7, 4, 1])[:, None]
+        given = kept[:, None, None] if mask == "boolean" else torch.where(kept, 0.0, -1e9).double()[:, None, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=scale)
+    measured = common.attention_by_products(q, k, v, attn_mask=given, scale=scale)
+    assert compare.relative_l2(measured, expected) <= compare.tolerance("op_fp32")
+
+
+def test_mixed_gives_torchs_attention_back() -> None:
+    own = F.scaled_dot_product_attention
+    with common.mixed("cpu"):
+        assert F.scaled_dot_product_attention is common.attention_by_products
+    assert F.scaled_dot_product_attention is own
+
+
+def test_means_are_of_what_was_added_since() -> None:
+    means = common.Means(2, "cpu")
+    for value in (1.0, 3.0):
+        means.add(torch.tensor(value), torch.tensor(10.0))
+    assert means.take() == [2.0, 10.0]
+    means.add(torch.tensor(5.0), torch.tensor(0.0))
+    assert means.take() == [5.0, 0.0]
+
+
+def test_every_token_is_asked_for_all_that_its_caption_says() -> None:
+    words = denoiser.Words()
+    tokens, said = denoiser.read_captions(8, 0, words, "cpu")
+    reader = denoiser.Reader(words)
+    loss, right = reader.loss(tokens, said)
+    assert 0.0 <= float(right) <= 1.0
+    loss.backward()
+    assert all(float(one.grad.abs().sum()) > 0 for one in reader.text.parameters() if one.grad is not None)
+    ids = words.ids
+    names = list(denoiser.SAID["colour"])
+    for row, colour in zip(tokens.tolist(), said["colour"].tolist(), strict=True):
+        assert ids[names[colour]] in row  # a caption has its colour's word
+
+
+def test_the_text_stage_leaves_a_denoisers_encoder_alone(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "denoiser").mkdir()
+    with pytest.raises(SystemExit, match="give another --out"):
+        denoiser.train_text(tmp_path, 1.0, 4, 1e-3, 0.5, "cpu")
