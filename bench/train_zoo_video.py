@@ -10,6 +10,7 @@ device needs minutes a stage, two CPU cores hours; SIGTERM saves, and the same c
 
     python bench/train_zoo_video.py frames --out RUN --minutes 30
     python bench/train_zoo_video.py time --out RUN --minutes 30
+    python bench/train_zoo_video.py decoder --out RUN --minutes 15     # latents stay: at any time after
     python bench/train_zoo_video.py text --out RUN --minutes 3
     python bench/train_zoo_video.py denoiser --out RUN --minutes 240
     python bench/train_zoo_video.py check --out RUN                 # 200 prompts, read back from the pixels
@@ -28,7 +29,7 @@ from collections.abc import Callable
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from bench.zoo_video_autoencoder import load_vae, train_frames, train_time
+from bench.zoo_video_autoencoder import load_vae, train_decoder, train_frames, train_time
 from bench.zoo_video_common import BASE, FPS, FRAMES, GUIDANCE, SIDE, STEPS, log, mixed
 from bench.zoo_video_denoiser import Words, generate, load_networks, train_denoiser, train_text
 from edgerun.evaluation import clips
@@ -118,7 +119,7 @@ def export(out: pathlib.Path, to: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["frames", "time", "text", "denoiser", "check", "show", "export"])
+    parser.add_argument("stage", choices=["frames", "time", "decoder", "text", "denoiser", "check", "show", "export"])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--batch", type=int, help="clips a step; of text, captions")
@@ -145,6 +146,8 @@ def main() -> None:
         train_frames(given.out, given.minutes, given.batch or 16, given.peak or 5e-4, given.device)
     elif given.stage == "time":
         train_time(given.out, given.minutes, given.batch or 8, given.peak or 5e-4, given.device)
+    elif given.stage == "decoder":
+        train_decoder(given.out, given.minutes, given.batch or 8, given.peak or 5e-4, given.device)
     elif given.stage == "text":
         train_text(given.out, given.minutes, given.batch or 256, given.peak or 1e-3, given.decay, given.device)
     elif given.stage == "denoiser":

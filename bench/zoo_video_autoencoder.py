@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import random
 import time
@@ -142,6 +143,54 @@ def train_time(out: pathlib.Path, minutes: float, batch_size: int, peak: float, 
     save_training(path, part, optimizer, step, clock)
     if not clock.stopped:
         finish_vae(model.eval(), out, generator, device)
+
+
+def train_decoder(out: pathlib.Path, minutes: float, batch_size: int, peak: float, device: str) -> None:
+    """Both decoders together, from given latents to pixels; latents stay what they are, and so does a denoiser."""
+    model = load_vae(out / "vae", device)
+    time_part, frame_part = model.temporal_vae, model.spatial_vae.module
+    parts = torch.nn.ModuleList(
+        [time_part.decoder, time_part.post_quant_conv, frame_part.decoder, frame_part.post_quant_conv]
+    )
+    parts.train().requires_grad_(True)
+    parameters = list(parts.parameters())
+    optimizer = optimizer_for(parameters, device)
+    path = out / "decoder.state"
+    step, used = load_state(path, parts, optimizer, device)
+    generator, rng = torch.Generator(device).manual_seed(7 + step), random.Random(8 + step)
+    clock, saved, sums = Clock(minutes, used), time.monotonic(), Means(2, device)
+    while not clock.over:
+        batch = some_frames(clips.sample_batch(batch_size, generator, device), CHUNK * rng.randrange(3), CHUNK)
+        video, weights = clips.render(batch), near_the_shape(batch)
+        seen = slice(rng.randrange(6), None, 6)
+        with mixed(device):
+            with torch.no_grad():
+                frames = model.encode_frames(video).mean * model.config.scaling_factor
+                latents = model.encode_time(frames).sample()
+            pixels = model.decode_frames(model.decode_time(latents, CHUNK)[:, :, seen])
+        pixel_error(pixels, video[:, :, seen], weights[:, :, seen]).backward()
+        norm = update(optimizer, parameters, clock.rate(step, peak, 50, 0.6))
+        sums.add((pixels.detach().float() - video[:, :, seen]).square().mean(), norm)
+        step += 1
+        if step % 50 == 0:
+            squared, norm_mean = sums.take()
+            log(out, stage="decoder", step=step, seconds=clock.used, mean_squared=squared, norm=norm_mean)
+        if time.monotonic() - saved > 120:
+            save_training(path, parts, optimizer, step, clock)
+            saved = time.monotonic()
+    save_training(path, parts, optimizer, step, clock)
+    if not clock.stopped:
+        write_vae(out, model.config, model.eval())
+
+
+def encoder_sha256(out: pathlib.Path) -> str:
+    """Of all that latents depend on: they are the same whatever the decoder is."""
+    _, tensors = read_weights(out / "vae")
+    kept = {name: value for name, value in tensors.items() if "decoder" not in name and "post_quant" not in name}
+    digest = hashlib.sha256()
+    for name in sorted(kept):
+        digest.update(name.encode() + kept[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pathlib
 import random
 import time
@@ -11,7 +10,7 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.zoo_video_autoencoder import load_vae
+from bench.zoo_video_autoencoder import encoder_sha256, load_vae
 from bench.zoo_video_common import (
     BASE,
     DENOISER,
@@ -69,8 +68,7 @@ def make_cache(
 ) -> Cache:
     """`count` clips of the seen split; every clip has several wordings. What is encoded stays in out/latents."""
     size = 256 if device == "cuda" else 32
-    weights = hashlib.sha256((out / "vae" / "model.safetensors").read_bytes()).hexdigest()[:12]
-    folder = out / "latents" / weights
+    folder = out / "latents" / encoder_sha256(out)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in range(0, count, size):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import zoo_video_autoencoder as autoencoder
 from bench import zoo_video_common as common
 from bench import zoo_video_denoiser as denoiser
 from edgerun import compare
+from edgerun.models.temporal_vae import VideoAutoencoder
 
 
 @pytest.mark.parametrize("mask", [None, "boolean", "added"])
@@ -61,3 +64,18 @@ def test_the_text_stage_leaves_a_denoisers_encoder_alone(tmp_path: pathlib.Path)
     (tmp_path / "denoiser").mkdir()
     with pytest.raises(SystemExit, match="give another --out"):
         denoiser.train_text(tmp_path, 1.0, 4, 1e-3, 0.5, "cpu")
+
+
+def test_the_decoder_stage_leaves_latents_as_they_are(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(common.VAE, scale=(0.9, 1.0, 1.1, 1.2))
+    model = VideoAutoencoder(config)
+    common.write_weights(tmp_path / "vae", dataclasses.asdict(config), model.state_dict())
+    before, encoder = common.read_weights(tmp_path / "vae"), autoencoder.encoder_sha256(tmp_path)
+    autoencoder.train_decoder(tmp_path, 0.01, 1, 1e-3, "cpu")
+    after = common.read_weights(tmp_path / "vae")
+    assert after[0] == before[0] and autoencoder.encoder_sha256(tmp_path) == encoder
+    changed = {name for name, value in after[1].items() if not torch.equal(value, before[1][name])}
+    assert changed and all("decoder" in name or "post_quant" in name for name in changed)
+    changed_part = {name.split(".")[0] for name in changed}
+    assert changed_part == {"temporal_vae", "spatial_vae"}
