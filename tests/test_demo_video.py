@@ -80,6 +80,14 @@ def test_options_of_the_text_demo_are_refused(capsys: pytest.CaptureFixture[str]
     assert "--no-device are of the text demo" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [(["video"], "no video model ships yet"), (["--checkpoint", "x"], "is of the video demo")]
+)
+def test_a_checkpoint_is_of_the_video_demo(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_file_where_the_folder_would_be_is_refused(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +104,7 @@ def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     source = tiny_video_checkpoint.write(tmp_path / "a model", words=words, max_tokens=20, height=32, width=32)
     monkeypatch.setattr(demo_video, "LIMIT_SHARE", 2.0)  # the model is so small that the process is most of it
     monkeypatch.setattr(demo_video, "RECIPE", dataclasses.replace(demo_video.RECIPE, leap_evaluations=2, merge_steps=3))
-    report = demo_video.demonstrate(tmp_path / "out put", exporter, model=str(source))
+    report = demo_video.demonstrate(tmp_path / "out put", exporter, str(source))
     assert [check.passed for check in report.checks] == [False, True, True]  # with so much room nothing streams
     table = report.tables[0]
     names = [row[0] for row in table.rows]

@@ -1,13 +1,14 @@
-"""The whole way on a model that ships, in minutes on two cores.
+"""The whole way on a small model, in minutes on two cores.
 
-text: export it dense and sparse, answer a long prompt on two devices, compare.
-video: make clips of captions, plain and with each technique alone and all together, side by side.
+text: export the model that ships dense and sparse, answer a long prompt on two devices, compare.
+video: make clips of captions, plain and with each technique alone and all together, side by side. No video model ships
+yet: pass --checkpoint, of the kind that bench/train_zoo_video.py makes.
 
 Writes the bundles, report.json and report.html (open it in a browser) to --output; video writes its clips there too.
 
 examples
   edgerun demo
-  edgerun demo video
+  edgerun demo video --checkpoint FOLDER
   edgerun demo --output /tmp/demo --no-device        without the emulated arm64 device
 """
 
@@ -44,7 +45,7 @@ from edgerun.recipe import DhsaOptions, Recipe
 from edgerun.report import Cell, Check, Column, Report, Table, write_json, write_whole
 from edgerun.report_html import write_html
 
-SUMMARY = "the whole way on a model that ships, text or video, in a few minutes"
+SUMMARY = "the whole way on a small model, in a few minutes"
 MODEL = "zoo:text"
 RECIPES = {
     "dense": Recipe(attention="dense"),
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help=f"default: {_OUTPUTS['text']}, of video {_OUTPUTS['video']}",
     )
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="video: the model")
     parser.add_argument("--device", metavar="D", help=f"text: the second one; default: {SECOND_DEVICE}")
     parser.add_argument("--no-device", action="store_true", help="text: this machine only")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
@@ -95,9 +97,13 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     if arguments.what == "video":
         if arguments.device is not None or arguments.no_device:
             raise EdgerunError("--device and --no-device are of the text demo: leave them out with video")
-        report = demo_video.demonstrate(output, tools.exporter(), command=tools.command)
+        if arguments.checkpoint is None:
+            raise EdgerunError("no video model ships yet: pass --checkpoint FOLDER, made by bench/train_zoo_video.py")
+        report = demo_video.demonstrate(output, tools.exporter(), arguments.checkpoint, command=tools.command)
         following = f'{shlex.quote(str(output / demo_video.BUNDLE))} --prompt "a blue star turns clockwise" -o clip.mp4'
     else:
+        if arguments.checkpoint is not None:
+            raise EdgerunError("--checkpoint is of the video demo: leave it out with text")
         device = None if arguments.no_device else arguments.device or SECOND_DEVICE
         report = demonstrate(output, tools.exporter(), device_name=device, command=tools.command)
         following = f'{shlex.quote(str(output / "dhsa.edgerun"))} --prompt "The grass is" --stream'

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from edgerun.devices import VideoRunReport
     from edgerun.evaluation.clips import Clip
 
-MODEL = "zoo:video"
 RECIPE = VideoRecipe(leap="fixed", leap_evaluations=19, merge_steps=30)
 PROMPTS, PROMPTS_SEED = 3, 7
 REFERENCE_STEPS = 200
@@ -100,8 +99,11 @@ def respaced(times: Sequence[float], steps: int) -> list[float]:
     return rectified_flow.times(steps, times[1] * (1.0 - u) / (u * (1.0 - times[1])))
 
 
-def demonstrate(output: pathlib.Path, exporter: Exporter, *, command: str = "", model: str = MODEL) -> Report:
-    """Do it all and write the bundle, the clips and the reports to `output`. Raises EdgerunError as the stages do."""
+def demonstrate(output: pathlib.Path, exporter: Exporter, model: str, *, command: str = "") -> Report:
+    """Do it all and write the bundle, the clips and the reports to `output`. Raises EdgerunError as the stages do.
+
+    model: a text-to-video checkpoint that reads the captions of edgerun.evaluation.clips.
+    """
     from edgerun.evaluation import clips
     from edgerun.video_file import check_path, write_clip
 
