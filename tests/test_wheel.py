@@ -12,6 +12,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.xdist_group("wheel")  # one worker builds it
 
 
 def run(command: list[str], cwd: pathlib.Path) -> str:
