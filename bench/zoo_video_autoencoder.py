@@ -69,7 +69,7 @@ def train_frames(out: pathlib.Path, minutes: float, batch_size: int, peak: float
     step, used = load_state(path, part, optimizer, device)
     generator, rng = torch.Generator(device).manual_seed(1 + step), random.Random(2 + step)
     clock, saved, sums = Clock(minutes, used), time.monotonic(), Means(2, device)
-    while not clock.over:
+    for _ in clock.running():
         batch = some_frames(clips.sample_batch(batch_size, generator, device), rng.randrange(FRAMES), 1)
         frames = clips.render(batch)[:, :, 0]
         with mixed(device):
@@ -106,7 +106,7 @@ def train_time(out: pathlib.Path, minutes: float, batch_size: int, peak: float, 
     step, used = load_state(path, part, optimizer, device)
     generator, rng = torch.Generator(device).manual_seed(5 + step), random.Random(6 + step)
     clock, saved, sums = Clock(minutes, used), time.monotonic(), Means(4, device)
-    while not clock.over:
+    for _ in clock.running():
         batch = some_frames(clips.sample_batch(batch_size, generator, device), CHUNK * rng.randrange(3), CHUNK)
         video, weights = clips.render(batch), near_the_shape(batch)
         coarse = F.avg_pool2d(weights[:, 0], VAE.spatial_factor)[:, None]
@@ -159,7 +159,7 @@ def train_decoder(out: pathlib.Path, minutes: float, batch_size: int, peak: floa
     step, used = load_state(path, parts, optimizer, device)
     generator, rng = torch.Generator(device).manual_seed(7 + step), random.Random(8 + step)
     clock, saved, sums = Clock(minutes, used), time.monotonic(), Means(2, device)
-    while not clock.over:
+    for _ in clock.running():
         batch = some_frames(clips.sample_batch(batch_size, generator, device), CHUNK * rng.randrange(3), CHUNK)
         video, weights = clips.render(batch), near_the_shape(batch)
         seen = slice(rng.randrange(6), None, 6)

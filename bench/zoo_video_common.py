@@ -24,6 +24,7 @@ BASE = 96  # pixels: the schedule's base, so that its ratio is Open-Sora's at 25
 CHUNK = 17  # frames
 MAX_TOKENS = 32
 GUIDANCE, STEPS = 4.0, 30
+SPREAD = 0.25  # of what captions leave open, in the denoiser's clips: two cores cannot teach it every place in hours
 VAE = VideoAutoencoderConfig(
     block_out_channels=(16, 32, 64),
     layers_per_block=1,
@@ -68,11 +69,19 @@ class Clock:
         self.before = used_seconds
         self.begin = time.monotonic()
         self.stopped = False
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
 
     def _stop(self, *_: object) -> None:
         self.stopped = True
+
+    def running(self) -> Iterator[None]:
+        """Goes on until the time is used; SIGTERM and SIGINT meanwhile end it when the step that is begun is done."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while not self.over:
+                yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def used(self) -> float:

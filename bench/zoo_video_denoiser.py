@@ -19,6 +19,7 @@ from bench.zoo_video_common import (
     GUIDANCE,
     MAX_TOKENS,
     SIDE,
+    SPREAD,
     STEPS,
     TEXT,
     VAE,
@@ -68,7 +69,7 @@ def make_cache(
 ) -> Cache:
     """`count` clips of the seen split; every clip has several wordings. What is encoded stays in out/latents."""
     size = 256 if device == "cuda" else 32
-    folder = out / "latents" / encoder_sha256(out)[:12]
+    folder = out / "latents" / f"{encoder_sha256(out)[:12]}_spread_{SPREAD}"
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in range(0, count, size):
@@ -90,7 +91,8 @@ def encode_clips(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and captions of new clips."""
     rng = random.Random(seed)
-    batch = clips.sample_batch(count, torch.Generator(device).manual_seed(seed), device, split="seen")
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = clips.sample_batch(count, generator, device, split="seen", spread=SPREAD)
     with mixed(device):
         encoded = vae.encode(clips.render(batch), sample=False)
     texts = [[words.encode(text) for text in clips.captions(batch, rng)] for _ in range(wordings)]
@@ -164,7 +166,7 @@ def train_text(out: pathlib.Path, minutes: float, batch_size: int, peak: float, 
     path = out / "text.state"
     step, used = load_state(path, reader, optimizer, device)
     clock, sums = Clock(minutes, used), Means(2, device)
-    while not clock.over:
+    for _ in clock.running():
         loss, right = reader.loss(*read_captions(batch_size, 1_000_000 + step, words, device))
         loss.backward()
         update(optimizer, parameters, clock.rate(step, peak, 50, decay))
@@ -262,7 +264,7 @@ def train_denoiser(
     order = torch.randperm(count, generator=generator, device=device)
     at, sums = 0, Means(2, device)
     saved = time.monotonic()
-    while not clock.over:
+    for _ in clock.running():
         stills = clock.share < still
         size = min(count, batch_size * STILLS if stills else batch_size)
         if at + size > count:

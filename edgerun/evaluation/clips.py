@@ -217,10 +217,13 @@ def sample_batch(
     height: int = SIDE,
     width: int = SIDE,
     split: Split = "all",
+    spread: float = 1.0,
 ) -> ClipBatch:
     """`count` random clips, evenly over the combinations of the split, without leaving the device.
 
     generator: of that device; another kind of device draws other clips from the same seed.
+    spread: share of each range, around its middle, from which what no caption tells is drawn: where the shape starts,
+    its exact size and speed, its tilt. At a small share all ways lead through the middle of the frame.
     Raises ValueError for fewer than 12 frames or a side under 32 pixels.
     """
     import torch
@@ -228,7 +231,7 @@ def sample_batch(
     pool = _combination_table(split, str(device))
     colour, shape, motion = pool[torch.randint(len(pool), (count,), generator=generator, device=device)].unbind(1)
     background, size, speed = _draw_rest(colour, generator)
-    return _animate(colour, shape, motion, background, size, speed, generator, frames, height, width)
+    return _animate(colour, shape, motion, background, size, speed, generator, frames, height, width, spread)
 
 
 def enact(
@@ -412,6 +415,7 @@ def _animate(
     frames: int,
     height: int,
     width: int,
+    spread: float = 1.0,
 ) -> ClipBatch:
     """Draw radius, track and angles [B, T] for classes [B]."""
     import torch
@@ -426,8 +430,12 @@ def _animate(
     def table(values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
+    def uniform() -> torch.Tensor:
+        return torch.rand(len(colour), generator=generator, device=device)
+
     def between(low: torch.Tensor | float, high: torch.Tensor | float) -> torch.Tensor:
-        return low + torch.rand(len(colour), generator=generator, device=device) * (high - low)
+        share = 0.5 + spread * (uniform() - 0.5)
+        return low + share * (high - low)
 
     def in_range(ranges: torch.Tensor) -> torch.Tensor:
         return between(ranges[:, 0], ranges[:, 1])
@@ -452,13 +460,13 @@ def _animate(
 
     resting = between(0.0, way)[:, None].expand(-1, frames)
     travelled = torch.where(is_turn[:, None], resting, torch.where(is_bounce[:, None], bounced, moved))
-    mirrored = torch.where(is_bounce, between(0.0, 1.0) < 0.5, backwards)[:, None]
+    mirrored = torch.where(is_bounce, uniform() < 0.5, backwards)[:, None]
     main = torch.where(mirrored, along[:, None] - margin[:, None] - travelled, margin[:, None] + travelled)
     other = between(margin, across - margin)[:, None].expand(-1, frames)
     position = torch.where(vertical[:, None, None], torch.stack((other, main), -1), torch.stack((main, other), -1))
 
     turned = torch.deg2rad(in_range(table(_ROTATION)[speed]))[:, None] * time
-    turned = between(0.0, math.tau)[:, None] + torch.where(backwards[:, None], -turned, turned)
+    turned = between(-math.pi, math.pi)[:, None] + torch.where(backwards[:, None], -turned, turned)
     tilt = math.radians(_TILT)
     angle = torch.where(is_turn[:, None], turned, between(-tilt, tilt)[:, None].expand(-1, frames))
     return ClipBatch(colour, shape, motion, background, size, speed, radius, position, angle, height, width)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -35,6 +37,23 @@ def test_mixed_gives_torchs_attention_back() -> None:
     with common.mixed("cpu"):
         assert F.scaled_dot_product_attention is common.attention_by_products
     assert F.scaled_dot_product_attention is own
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_after_the_step_and_is_given_back(number: signal.Signals) -> None:
+    def own(*_: object) -> None:
+        raise AssertionError("a step was cut short")
+
+    before = signal.signal(number, own)
+    try:
+        clock, steps = common.Clock(minutes=10), 0
+        for _ in clock.running():
+            os.kill(os.getpid(), number)
+            steps += 1
+        assert steps == 1 and clock.stopped
+        assert signal.getsignal(number) is own
+    finally:
+        signal.signal(number, before)
 
 
 def test_means_are_of_what_was_added_since() -> None:

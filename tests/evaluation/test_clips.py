@@ -54,6 +54,25 @@ def test_tracks_show_the_motion() -> None:
         assert float((last - first)[rows].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.25])
+def test_a_small_spread_leads_through_the_middle(spread: float) -> None:
+    batch = clips.sample_batch(2000, generator(), "cpu", spread=spread)
+    moves = batch.motion < clips.MOTIONS.index("bounces left and right")
+    turns = batch.motion >= clips.MOTIONS.index("turns clockwise")
+    middle = (batch.position[:, 0] + batch.position[:, -1])[moves | turns] / 2
+    assert float((middle - clips.SIDE / 2).abs().max()) <= spread * clips.SIDE / 2 + 1e-5
+    assert float(batch.angle[~turns].abs().max()) <= spread * math.radians(10.0) + 1e-6
+    whole = clips.sample_batch(2000, generator(), "cpu")
+    for size in range(len(clips.SIZES)):
+        some, all_ = (
+            float(one.radius[one.size == size].max() - one.radius[one.size == size].min()) for one in (batch, whole)
+        )
+        assert some <= 1.01 * spread * all_ + 1e-5
+    bounces = ~(moves | turns)
+    first = batch.position[bounces].diff(dim=1)[:, 0].sum(-1).sign()
+    assert set(first.tolist()) == {-1.0, 1.0}
+
+
 def test_words_of_size_and_speed_part_what_they_name() -> None:
     batch = clips.sample_batch(2000, generator(), "cpu")
     assert float(batch.radius[batch.size == 0].max()) < float(batch.radius[batch.size == 1].min())
