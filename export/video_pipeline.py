@@ -133,14 +133,14 @@ def _export_chain(
             if recipe.quantize != "none" and block.quantize():
                 exact, results = results, _results(block, arguments)
                 errors["quantization"] = _worst_error(results, exact)
+            dynamic = _dynamic_shapes(block, arguments, geometry)
             make_program = functools.partial(
-                torch.export.export,
-                block.module,
-                arguments,
-                dynamic_shapes=_dynamic_shapes(block, arguments, geometry),
-                strict=False,
+                torch.export.export, block.module, arguments, dynamic_shapes=dynamic, strict=False
             )
-            lowered = templates.lower(make_program, writer.folder / file, {"edgerun_build": build})
+            shapes = f"{[(value.dtype, value.shape, value.stride()) for value in arguments]} {dynamic}"
+            lowered = templates.lower(
+                make_program, writer.folder / file, {"edgerun_build": build}, block.module, shapes
+            )
         errors["parity"] = _worst_error(_run_program(writer.folder / file, arguments, len(results)), results)
         if (short := _last_part(block, arguments, geometry)) is not None:
             with torch.no_grad():

@@ -8,7 +8,8 @@ it stays as the first program has it, and only programs with an equal one share 
 that of something computed: such a graph's programs are all lowered.
 
 Two programs are of one graph when torch.export wrote the same code, shapes, strides and names for both, and the same of
-their weights are equal to each other, which a file holds once.
+their weights are equal to each other, which a file holds once. A module that differs from an earlier one in its tensors'
+values alone is not traced again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch.export.exported_program import ExportedProgram
 
 from edgerun.export.lower.executorch import LoweredProgram, lower, own_storage
+from edgerun.export.lower.module_fingerprint import fingerprint
 
 _ALIGNMENT = 16  # of every weight in a file, in bytes
 _NAME = re.compile(rb"[0-9a-f]{64}")
@@ -55,19 +57,55 @@ class _Template:
     fixed: Tensors
 
 
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A program of a module. tensors: the names of its weights; of those that stand in the module's code, themselves."""
+
+    template: _Template
+    tensors: dict[str, torch.Tensor | None]
+
+
 class ProgramTemplates:
     """Writes programs, and knows those that it has written, whose files must stay meanwhile."""
 
     def __init__(self) -> None:
         self._templates: dict[str, _Template | None] = {}  # None: all programs of the graph are lowered
+        self._traced: dict[str, _Traced] = {}
 
     def lower(
-        self, make_program: Callable[[], ExportedProgram], path: pathlib.Path, constant_methods: dict[str, Any]
+        self,
+        make_program: Callable[[], ExportedProgram],
+        path: pathlib.Path,
+        constant_methods: dict[str, Any],
+        module: torch.nn.Module | None = None,
+        traced_with: str = "",
     ) -> LoweredProgram:
         """Write a program as edgerun.export.lower.executorch.lower does, to the byte.
 
         make_program: the same program every time; called again where lowering it has to be repeated.
+        module, traced_with: what it is traced from, and the text of all else that decides what the trace gives, such as
+        the arguments' shapes. They may save the trace: a module's code cannot see the values of its tensors then.
         """
+        known = None
+        if module is not None and (own := fingerprint(module)) is not None:
+            tensors = _module_tensors(module)
+            known = _sha256(own, traced_with, str(constant_methods), str(_equal_names(tensors)))
+            if (traced := self._traced.get(known)) is not None:
+                wanted = {name: tensors[name] if value is None else value for name, value in traced.tensors.items()}
+                if _fits(traced.template, wanted):
+                    shutil.copyfile(traced.template.path, path)
+                    _fill(path, traced.template.places, wanted)
+                    return traced.template.lowered
+        return self._lower(make_program, path, constant_methods, known, module)
+
+    def _lower(
+        self,
+        make_program: Callable[[], ExportedProgram],
+        path: pathlib.Path,
+        constant_methods: dict[str, Any],
+        known: str | None,
+        module: torch.nn.Module | None,
+    ) -> LoweredProgram:
         program = make_program()
         tensors = _tensors(program)
         graph = _graph_text(program, tensors, constant_methods)
@@ -83,7 +121,22 @@ class ProgramTemplates:
         if template is None:
             return lower(program, path, constant_methods)
         _fill(path, template.places, tensors)
+        if known is not None and module is not None:
+            own, written = _module_tensors(module), program.constants.keys() - program.state_dict.keys()
+            if tensors.keys() <= own.keys() | written:
+                kept = {name: None if name in own else tensor for name, tensor in tensors.items()}
+                self._traced[known] = _Traced(template, kept)
         return template.lowered
+
+
+def _module_tensors(module: torch.nn.Module) -> Tensors:
+    """By the names that torch.export has for them."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _fits(template: _Template, tensors: Tensors) -> bool:
@@ -143,10 +196,14 @@ def _graph_text(program: ExportedProgram, tensors: Tensors, constant_methods: di
         for node in module.graph.nodes
     ]
     constants = {name: value for name, value in program.constants.items() if name not in _float_constants(program)}
-    equal = sorted(names for names in _equal_groups(tensors).values() if len(names) > 1)
+    equal = _equal_names(tensors)
     parts = (code, program.graph_signature, program.range_constraints, shapes, equal, constant_methods)
-    text = "\n".join(str(part) for part in parts) + "\n".join(_exact_text(*item) for item in constants.items())
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256(*map(str, parts), *(_exact_text(*item) for item in constants.items()))
+
+
+def _equal_names(tensors: Tensors) -> list[list[str]]:
+    """The names of those that are equal to each other."""
+    return sorted(names for names in _equal_groups(tensors).values() if len(names) > 1)
 
 
 def _equal_groups(tensors: Tensors) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -25,6 +26,7 @@ from executorch.exir.backend.backend_details import BackendDetails, PreprocessRe
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.exir.program._program import _remove_invalid_ops_for_not_decompose
 from torch.export.exported_program import ExportedProgram
 
 from edgerun.export.lower.xnnpack_configs import partitioner_configs
@@ -35,6 +37,10 @@ _SPOOL = "edgerun_spool_folder"
 _SMALL_BYTES = 1 << 16  # smaller buffers stay in memory: a file each would cost more than it frees
 
 
+# Operators that stay whole, and which of their nodes do; None: all.
+Kept = tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]
+
+
 class SpoolingPartitioner(XnnpackPartitioner):  # type: ignore[misc]
     """Partitions as XnnpackPartitioner does; what the partitions hold goes to files in `folder`."""
 
@@ -42,6 +48,18 @@ class SpoolingPartitioner(XnnpackPartitioner):  # type: ignore[misc]
         super().__init__(configs=partitioner_configs())
         spool = CompileSpec(_SPOOL, str(folder).encode())
         self.delegation_spec = DelegationSpec(SpooledXnnpackBackend.__name__, [spool])
+        self._taken: Kept | None = None
+
+    def ops_to_not_decompose(self, ep: ExportedProgram) -> Kept:
+        """Operators that XNNPACK takes whole. Without a check of single nodes where it takes each of them that the
+        program has: ExecuTorch then decomposes the program once, not twice.
+        """
+        if self._taken is None:
+            operators, is_taken = super().ops_to_not_decompose(ep)
+            operators = _remove_invalid_ops_for_not_decompose(operators)
+            nodes = [node for one in operators for node in ep.graph.find_nodes(op="call_function", target=one)]
+            self._taken = (operators, None if all(map(is_taken, nodes)) else is_taken)
+        return self._taken
 
 
 class SpooledXnnpackBackend(BackendDetails):  # type: ignore[misc]

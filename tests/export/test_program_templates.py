@@ -85,6 +85,23 @@ def test_equal_weights_are_there_once(tmp_path: pathlib.Path, lowered: list[str]
     assert lowered == ["0", "2"]
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_module_like_another_is_not_traced(tmp_path: pathlib.Path, lowered: list[str], quantize: bool) -> None:
+    templates, traced = ProgramTemplates(), []
+    for seed in range(3):
+        module = mixed(seed, quantize=quantize)
+
+        def make(module: Mixed = module, seed: int = seed) -> torch.export.ExportedProgram:
+            traced.append(seed)
+            return exported(module)
+
+        path, alone = tmp_path / f"{seed}.pte", tmp_path / "alone.pte"
+        facts = templates.lower(make, path, METHODS, module.eval())
+        assert facts == executorch.lower(exported(mixed(seed, quantize=quantize)), alone, METHODS)
+        assert path.read_bytes() == alone.read_bytes()
+    assert lowered == ["0"] and set(traced) == {0}
+
+
 def changed_value(module: Mixed) -> None:
     module.small.add_(1.0)  # too small to be told from what else is in a file
 
@@ -101,17 +118,18 @@ def changed_dtype(module: Mixed) -> None:
     module.modulation = nn.Parameter(module.modulation.double())
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("change", [changed_value, changed_code, changed_shape, changed_dtype])
 def test_what_differs_is_lowered_itself(
-    tmp_path: pathlib.Path, lowered: list[str], change: Callable[[Mixed], None]
+    tmp_path: pathlib.Path, lowered: list[str], change: Callable[[Mixed], None], told: bool
 ) -> None:
-    templates = ProgramTemplates()
-    templates.lower(lambda: exported(mixed(0)), tmp_path / "first.pte", METHODS)
+    templates, first = ProgramTemplates(), mixed(0)
+    templates.lower(lambda: exported(first), tmp_path / "first.pte", METHODS, first if told else None)
     with torch.no_grad():
         one, same = mixed(1), mixed(1)
         change(one)
         change(same)
-    templates.lower(lambda: exported(one), tmp_path / "other.pte", METHODS)
+    templates.lower(lambda: exported(one), tmp_path / "other.pte", METHODS, one if told else None)
     executorch.lower(exported(same), tmp_path / "alone.pte", METHODS)
     assert lowered == ["first", "other"]
     assert (tmp_path / "other.pte").read_bytes() == (tmp_path / "alone.pte").read_bytes()
