@@ -8,8 +8,8 @@ it stays as the first program has it, and only programs with an equal one share 
 that of something computed: such a graph's programs are all lowered.
 
 Two programs are of one graph when torch.export wrote the same code, shapes, strides and names for both, and the same of
-their weights are equal to each other, which a file holds once. A module that differs from an earlier one in its tensors'
-values alone is not traced again.
+their weights are equal to each other, which a file holds once. A module that differs from an earlier one only in what its
+tensors hold is not traced again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Template:
 
 @dataclasses.dataclass(frozen=True)
 class _Traced:
-    """A program of a module. tensors: the names of its weights; of those that stand in the module's code, themselves."""
+    """A program of a module. tensors: its weights' names; of those that stand in the module's code, themselves."""
 
     template: _Template
     tensors: dict[str, torch.Tensor | None]
