@@ -8,8 +8,8 @@ it stays as the first program has it, and only programs with an equal one share 
 that of something computed: such a graph's programs are all lowered.
 
 Two programs are of one graph when torch.export wrote the same code, shapes, strides and names for both, and the same of
-their weights are equal to each other, which a file holds once. A module that differs from an earlier one only in what its
-tensors hold is not traced again.
+their weights are equal to each other, which a file holds once. A module that differs from an earlier one only in its
+tensors' values is not traced again.
 """
 
 from __future__ import annotations
