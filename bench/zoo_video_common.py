@@ -210,7 +210,8 @@ def log(out: pathlib.Path, **values: object) -> None:
 def write_weights(folder: pathlib.Path, config: dict[str, object], tensors: dict[str, torch.Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     halves = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in tensors.items()}
-    save_file(halves, folder / "model.safetensors")
+    save_file(halves, folder / "model.safetensors.new")
+    (folder / "model.safetensors.new").replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -224,10 +224,12 @@ def sample_batch(
     generator: of that device; another kind of device draws other clips from the same seed.
     spread: share of each range, around its middle, from which what no caption tells is drawn: where the shape starts,
     its exact size and speed, its tilt. At a small share all ways lead through the middle of the frame.
-    Raises ValueError for fewer than 12 frames or a side under 32 pixels.
+    Raises ValueError for fewer than 12 frames, a side under 32 pixels or a spread that is no share.
     """
     import torch
 
+    if not 0.0 <= spread <= 1.0:
+        raise ValueError(f"a spread of {spread}; it is a share, from 0 to 1")
     pool = _combination_table(split, str(device))
     colour, shape, motion = pool[torch.randint(len(pool), (count,), generator=generator, device=device)].unbind(1)
     background, size, speed = _draw_rest(colour, generator)

@@ -23,11 +23,12 @@ def fingerprint(module: nn.Module) -> str | None:
     and strides. None: it has an attribute that may decide what its code does and cannot be told by its text.
     """
     try:
-        parts = [text for name, one in module.named_modules() for text in (name, *_module_text(one))]
-    except _UnknownError:
+        modules = module.named_modules(remove_duplicate=False)
+        parts = [text for name, one in modules for text in (name, *_module_text(one))]
+    except (_UnknownError, RecursionError):
         return None
     names = [
-        f"{kind} {name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
+        f"{kind} {name} {type(tensor).__name__} {tensor.dtype} {tensor.device} {tuple(tensor.shape)} {tensor.stride()}"
         for kind, tensors in (
             ("parameter", module.named_parameters(remove_duplicate=False)),
             ("buffer", module.named_buffers(remove_duplicate=False)),
@@ -50,22 +51,26 @@ def _text(value: Any) -> str:
     plain = (bool, int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.layout, range)
     if isinstance(value, plain) and type(value) in plain:
         return f"{type(value).__name__} {value!r}"
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, enum.Enum):
         return f"{_text(type(value))}.{value.name}"
-    if isinstance(value, types.BuiltinFunctionType) and not isinstance(value.__self__, torch.Tensor):
+    if isinstance(value, type) or (isinstance(value, types.FunctionType) and not _has_own_values(value)):
+        if "<" in value.__qualname__:  # <lambda>, or made in another function, which may make another of the name
+            raise _UnknownError(value)
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, types.FunctionType) and value.__closure__ is None and "<lambda>" not in value.__qualname__:
+    if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType | types.NoneType):
         return f"{value.__module__}.{value.__qualname__}"
-    if dataclasses.is_dataclass(value):
-        return f"{_text(type(value))}({_text(vars(value))})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{_text(type(value))}({_text(fields | getattr(value, '__dict__', {}))})"
     if isinstance(value, tuple | list):
         return f"{_text(type(value))}({', '.join(map(_text, value))})"
     if isinstance(value, set | frozenset):
         return f"{_text(type(value))}({', '.join(sorted(map(_text, value)))})"
     if isinstance(value, dict):
         return f"{_text(type(value))}({', '.join(f'{_text(key)}: {_text(one)}' for key, one in value.items())})"
-    if hasattr(value, "to_json_string") and type(value).__module__.startswith("transformers."):
-        return f"{_text(type(value))}({value.to_json_string()})"
     raise _UnknownError(type(value))
+
+
+def _has_own_values(function: types.FunctionType) -> bool:
+    """Beside its code."""
+    return bool(function.__closure__ or function.__defaults__ or function.__kwdefaults__)

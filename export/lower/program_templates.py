@@ -63,6 +63,7 @@ class _Traced:
 
     template: _Template
     tensors: dict[str, torch.Tensor | None]
+    equal: list[list[str]]  # see _equal_names
 
 
 class ProgramTemplates:
@@ -89,10 +90,11 @@ class ProgramTemplates:
         known = None
         if module is not None and (own := fingerprint(module)) is not None:
             tensors = _module_tensors(module)
-            known = _sha256(own, traced_with, str(constant_methods), str(_equal_names(tensors)))
+            integers = [_exact_text(name, tensors[name]) for name in sorted(_integer_constants(module, tensors))]
+            known = _sha256(own, traced_with, str(constant_methods), *integers)
             if (traced := self._traced.get(known)) is not None:
                 wanted = {name: tensors[name] if value is None else value for name, value in traced.tensors.items()}
-                if _fits(traced.template, wanted):
+                if _equal_names(wanted) == traced.equal and _fits(traced.template, wanted):
                     shutil.copyfile(traced.template.path, path)
                     _fill(path, traced.template.places, wanted)
                     return traced.template.lowered
@@ -125,7 +127,7 @@ class ProgramTemplates:
             own, written = _module_tensors(module), program.constants.keys() - program.state_dict.keys()
             if tensors.keys() <= own.keys() | written:
                 kept = {name: None if name in own else tensor for name, tensor in tensors.items()}
-                self._traced[known] = _Traced(template, kept)
+                self._traced[known] = _Traced(template, kept, _equal_names(tensors))
         return template.lowered
 
 
@@ -133,6 +135,12 @@ def _module_tensors(module: torch.nn.Module) -> Tensors:
     """By the names that torch.export has for them."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _integer_constants(module: torch.nn.Module, tensors: Tensors) -> set[str]:
+    """The names of what torch.export holds for a constant, not a weight, and decides by: see _float_constants."""
+    kept = module.state_dict().keys()
+    return {name for name, tensor in tensors.items() if name not in kept and not tensor.is_floating_point()}
 
 
 def _sha256(*parts: str) -> str:

@@ -52,7 +52,8 @@ class SpoolingPartitioner(XnnpackPartitioner):  # type: ignore[misc]
 
     def ops_to_not_decompose(self, ep: ExportedProgram) -> Kept:
         """Operators that XNNPACK takes whole. Without a check of single nodes where it takes each of them that the
-        program has: ExecuTorch then decomposes the program once, not twice.
+        program has: ExecuTorch then decomposes the program once, not twice. It asks again at every stage of the same
+        program, and an answer that changed on the way would leave nodes behind: one partitioner serves one program.
         """
         if self._taken is None:
             operators, is_taken = super().ops_to_not_decompose(ep)

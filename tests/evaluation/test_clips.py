@@ -223,6 +223,8 @@ def test_colours_are_apart_from_one_another_and_from_their_backgrounds() -> None
 def test_too_few_frames_or_pixels_are_refused() -> None:
     with pytest.raises(ValueError, match="11 frames of 48 x 48"):
         clips.sample_batch(1, generator(), "cpu", frames=11)
+    with pytest.raises(ValueError, match=r"a spread of 1\.5"):
+        clips.sample_batch(1, generator(), "cpu", spread=1.5)
     with pytest.raises(ValueError, match="51 frames of 48 x 31"):
         clips.enact(clips.sample_clips(1, 0), generator(), "cpu", width=31)
 

@@ -61,6 +61,12 @@ def test_what_counts(change: Callable[[nn.Sequential], None]) -> None:
     assert fingerprint(changed) not in (fingerprint(block(0)), None)
 
 
+def test_which_module_is_there_twice_counts() -> None:
+    soft, hard = nn.Softplus().eval(), nn.ReLU().eval()
+    first, second = (nn.Sequential(soft, hard, nn.Linear(2, 2), last).eval() for last in (soft, hard))
+    assert fingerprint(first) != fingerprint(second)
+
+
 def a_tensor(module: nn.Sequential) -> None:
     module[0].table = torch.arange(3)
 
@@ -74,11 +80,37 @@ def a_hook(module: nn.Sequential) -> None:
     module[0].register_forward_hook(lambda *_: None)
 
 
+def a_class_made_here(module: nn.Sequential) -> None:
+    class Local:
+        pass
+
+    module[0].kind = Local
+
+
+def defaults(module: nn.Sequential) -> None:
+    module[0].scaled = scaled
+
+
+def scaled(x: float, factor: float = 2.0) -> float:
+    return factor * x
+
+
+def a_method_of_data(module: nn.Sequential) -> None:
+    module[0].look_up = {"a": 1}.get
+
+
+def in_itself(module: nn.Sequential) -> None:
+    module[0].settings = []
+    module[0].settings.append(module[0].settings)
+
+
 def an_object(module: nn.Sequential) -> None:
     module[0].settings = object()
 
 
-@pytest.mark.parametrize("change", [a_tensor, a_closure, a_hook, an_object])
+@pytest.mark.parametrize(
+    "change", [a_tensor, a_closure, a_hook, a_class_made_here, defaults, a_method_of_data, in_itself, an_object]
+)
 def test_what_it_cannot_tell(change: Callable[[nn.Sequential], None]) -> None:
     changed = block(0)
     change(changed)

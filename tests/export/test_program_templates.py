@@ -25,13 +25,14 @@ class Mixed(nn.Module):
         self.up, self.down, self.norm = nn.Linear(64, 96), nn.Linear(96, 64, bias=False), nn.LayerNorm(64)
         self.filters, self.table = nn.Conv2d(4, 8, 3, padding=1), nn.Embedding(50, 64)
         self.modulation, self.small = nn.Parameter(torch.randn(3, 64)), nn.Parameter(torch.full((1,), 0.5))
+        self.register_buffer("index", torch.tensor([2, 0, 1]), persistent=False)
         self.scale = scale
 
     def forward(
         self, x: torch.Tensor, picture: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.relu(self.up(self.norm(x) + self.table(tokens)))
-        y = self.down(hidden) * self.modulation[0] + self.modulation[1]
+        y = self.down(hidden) * self.modulation[0] + self.modulation[self.index][1]
         return y * self.scale * self.small, self.filters(picture)
 
 
@@ -114,12 +115,16 @@ def changed_shape(module: Mixed) -> None:
     module.table = nn.Embedding(51, 64, _weight=torch.arange(51.0 * 64).reshape(51, 64))
 
 
+def changed_index(module: Mixed) -> None:
+    module.index.add_(1)
+
+
 def changed_dtype(module: Mixed) -> None:
     module.modulation = nn.Parameter(module.modulation.double())
 
 
 @pytest.mark.parametrize("told", [False, True])
-@pytest.mark.parametrize("change", [changed_value, changed_code, changed_shape, changed_dtype])
+@pytest.mark.parametrize("change", [changed_value, changed_code, changed_shape, changed_index, changed_dtype])
 def test_what_differs_is_lowered_itself(
     tmp_path: pathlib.Path, lowered: list[str], change: Callable[[Mixed], None], told: bool
 ) -> None:
