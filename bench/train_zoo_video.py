@@ -1,5 +1,5 @@
 """Train the video zoo model on generated clips: the autoencoder of frames, the one over time, the text encoder on what
-captions mean, then with it the denoiser on latents.
+captions mean, then with it, as it is, the denoiser on latents.
 
 Clips and captions come from edgerun.evaluation.clips, drawn and rendered on the training device; combinations of
 colour, shape and motion that are held out are never trained on. The denoiser learns Open-Sora's rectified flow: times

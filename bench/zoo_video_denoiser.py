@@ -1,4 +1,4 @@
-"""Stages `text` and `denoiser` of train_zoo_video.py: the text encoder, and with it the denoiser on cached latents."""
+"""Stages `text` and `denoiser` of train_zoo_video.py: the text encoder, then with it the denoiser on cached latents."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ from edgerun.models.temporal_vae import VideoAutoencoder
 from edgerun.models.text_encoder import build_word_tokenizer
 
 NULL_SHARE = 0.1  # of captions in training
+NOISY_SHARE, NOISY_FROM = 0.4, 0.7  # of times in training, and where they begin
+NEAR = 1.0  # weight of the squared distance to what a denoiser knows, against a caption's cross-entropy
 STILLS = 8  # single frames instead of one clip: about as much work
 
 
@@ -156,37 +158,52 @@ def read_captions(count: int, seed: int, words: Words, device: str) -> tuple[tor
 
 
 def train_text(out: pathlib.Path, minutes: float, batch_size: int, peak: float, decay: float, device: str) -> None:
-    """The text encoder alone, on what captions mean, so that the denoiser need not find out through noise."""
-    if (out / "denoiser.state").exists() or (out / "denoiser").exists():
-        raise SystemExit(f"{out} has a denoiser, which was trained with its own text encoder: give another --out")
+    """The text encoder alone, on what captions mean, so that the denoiser need not find out through noise.
+
+    Where there is a denoiser, its text encoder is brought to tell all of that, and else stays near what it was.
+    """
     words = Words()
     reader = Reader(words).to(device)
+    known = None
+    if (out / "denoiser" / "model.safetensors").exists():
+        known = load_networks(out, words, device).text
+        reader.text.load_state_dict(known.state_dict())
     parameters = list(reader.parameters())
     optimizer = optimizer_for(parameters, device)
-    path = out / "text.state"
+    path = out / ("text.state" if known is None else "text_again.state")
     step, used = load_state(path, reader, optimizer, device)
-    clock, sums = Clock(minutes, used), Means(2, device)
+    clock, sums = Clock(minutes, used), Means(3, device)
     for _ in clock.running():
-        loss, right = reader.loss(*read_captions(batch_size, 1_000_000 + step, words, device))
-        loss.backward()
+        tokens, said = read_captions(batch_size, 1_000_000 + step, words, device)
+        loss, right = reader.loss(tokens, said)
+        far = torch.zeros((), device=device)
+        if known is not None:
+            with torch.no_grad():
+                before = encode_text(known, tokens)
+            far = ((encode_text(reader.text, tokens) - before)[tokens != 0]).square().mean()
+        (loss + NEAR * far).backward()
         update(optimizer, parameters, clock.rate(step, peak, 50, decay))
-        sums.add(loss, right)
+        sums.add(loss, right, far)
         step += 1
         if step % 100 == 0:
-            loss_mean, right_mean = sums.take()
-            log(out, stage="text", step=step, seconds=clock.used, loss=loss_mean, right=right_mean)
+            loss_mean, right_mean, far_mean = sums.take()
+            log(out, stage="text", step=step, seconds=clock.used, loss=loss_mean, right=right_mean, far=far_mean)
     save_training(path, reader, optimizer, step, clock)
     if not clock.stopped:
         write_text(out, reader.text, words)
 
 
 def draw_times(count: int, ratio: float, generator: torch.Generator, device: str) -> torch.Tensor:
-    """Times in 0..1 as Open-Sora draws them: logit-normal, then shifted."""
-    return rectified_flow.shift_time(torch.randn(count, generator=generator, device=device).sigmoid(), ratio)
+    """Times in 0..1 as Open-Sora draws them, logit-normal, then shifted; a share evenly from the noisy end, where it is
+    decided what moves where.
+    """
+    usual = rectified_flow.shift_time(torch.randn(count, generator=generator, device=device).sigmoid(), ratio)
+    noisy = 1.0 - (1.0 - NOISY_FROM) * torch.rand(count, generator=generator, device=device)
+    return torch.where(torch.rand(count, generator=generator, device=device) < NOISY_SHARE, noisy, usual)
 
 
 class Networks(torch.nn.Module):
-    """What the last stage trains."""
+    """A text encoder, and the denoiser that reads it."""
 
     def __init__(self, words: Words) -> None:
         super().__init__()
@@ -204,13 +221,13 @@ class Networks(torch.nn.Module):
         return self.denoiser(x, t, y, fps=fps, pixels=(SIDE, SIDE), mask=tokens != 0)
 
 
-def muon_for(networks: Networks, device: str) -> Optimizers:
+def muon_for(denoiser: Stdit, device: str) -> Optimizers:
     """Muon (Jordan 2024) for the matrices of the blocks, whose updates it scales as AdamW's; AdamW for the rest."""
-    blocks = [*networks.denoiser.spatial_blocks, *networks.denoiser.temporal_blocks, networks.text.encoder.block]
+    blocks = [*denoiser.spatial_blocks, *denoiser.temporal_blocks]
     linear = [module for block in blocks for module in block.modules() if isinstance(module, torch.nn.Linear)]
     inner = {id(module.weight) for module in linear}
-    matrices = [p for p in networks.parameters() if id(p) in inner]
-    rest = [p for p in networks.parameters() if id(p) not in inner]
+    matrices = [p for p in denoiser.parameters() if id(p) in inner]
+    rest = [p for p in denoiser.parameters() if id(p) not in inner]
     muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return Optimizers([muon, optimizer_for(rest, device)])
 
@@ -246,15 +263,14 @@ def train_denoiser(
     held = make_cache(out, vae, words, min(512, count), 1, 11, device)
     log(out, stage="cache", clips=count, seconds=time.monotonic() - begin)
     networks = Networks(words).to(device)
-    parameters = list(networks.parameters())
-    optimizer = muon_for(networks, device) if muon else optimizer_for(parameters, device)
+    networks.text.load_state_dict(text_state(read_weights(out / "text_encoder")[1]))
+    networks.text.requires_grad_(False)  # trained along, it forgets what the denoiser has no use for yet
+    parameters = list(networks.denoiser.parameters())
+    optimizer = muon_for(networks.denoiser, device) if muon else optimizer_for(parameters, device)
     path = out / "denoiser.state"
-    step, used = load_state(path, networks, optimizer, device)
-    if not step:  # weights alone: of the stage before, or from a run on another machine
-        if (out / "denoiser" / "model.safetensors").exists():
-            networks.denoiser.load_state_dict(read_weights(out / "denoiser")[1])
-        if (out / "text_encoder" / "model.safetensors").exists():
-            networks.text.load_state_dict(text_state(read_weights(out / "text_encoder")[1]))
+    step, used = load_state(path, networks.denoiser, optimizer, device)
+    if not step and (out / "denoiser" / "model.safetensors").exists():  # from a run on another machine
+        networks.denoiser.load_state_dict(read_weights(out / "denoiser")[1])
     if compiled:
         for block in [*networks.denoiser.spatial_blocks, *networks.denoiser.temporal_blocks]:
             block.compile(dynamic=False)
@@ -286,10 +302,10 @@ def train_denoiser(
             loss_mean, norm_mean = sums.take()
             log(out, stage="denoiser", step=step, seconds=clock.used, loss=loss_mean, norm=norm_mean)
         if time.monotonic() - saved > 300:
-            save_training(path, networks, optimizer, step, clock)
+            save_training(path, networks.denoiser, optimizer, step, clock)
             saved = time.monotonic()
-    save_training(path, networks, optimizer, step, clock)
-    write_networks(out, networks, words)
+    save_training(path, networks.denoiser, optimizer, step, clock)
+    write_weights(out / "denoiser", networks.denoiser.config.to_dict(), networks.denoiser.state_dict())
     with torch.no_grad():
         test = torch.Generator(device).manual_seed(30)
         losses = [
@@ -304,11 +320,6 @@ def train_denoiser(
 def text_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers ties its two names of the embedding; the file has one."""
     return tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}
-
-
-def write_networks(out: pathlib.Path, networks: Networks, words: Words) -> None:
-    write_weights(out / "denoiser", networks.denoiser.config.to_dict(), networks.denoiser.state_dict())
-    write_text(out, networks.text, words)
 
 
 def write_text(out: pathlib.Path, encoder: torch.nn.Module, words: Words) -> None:

@@ -79,10 +79,19 @@ def test_every_token_is_asked_for_all_that_its_caption_says() -> None:
         assert ids[names[colour]] in row  # a caption has its colour's word
 
 
-def test_the_text_stage_leaves_a_denoisers_encoder_alone(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "denoiser").mkdir()
-    with pytest.raises(SystemExit, match="give another --out"):
-        denoiser.train_text(tmp_path, 1.0, 4, 1e-3, 0.5, "cpu")
+def test_the_text_stage_stays_near_what_a_denoiser_knows(tmp_path: pathlib.Path) -> None:
+    words = denoiser.Words()
+    known = denoiser.Networks(words)
+    common.write_weights(tmp_path / "denoiser", known.denoiser.config.to_dict(), known.denoiser.state_dict())
+    denoiser.write_text(tmp_path, known.text, words)
+    before = (tmp_path / "denoiser" / "model.safetensors").read_bytes()
+    denoiser.train_text(tmp_path, 0.02, 8, 1e-3, 0.5, "cpu")
+    assert (tmp_path / "denoiser" / "model.safetensors").read_bytes() == before
+    tokens, _ = denoiser.read_captions(8, 0, words, "cpu")
+    with torch.no_grad():
+        changed = denoiser.load_networks(tmp_path, words, "cpu").text
+        far = compare.relative_l2(denoiser.encode_text(changed, tokens), denoiser.encode_text(known.text, tokens))
+    assert 0.0 < far < 0.5
 
 
 def test_the_decoder_stage_leaves_latents_as_they_are(tmp_path: pathlib.Path) -> None:
