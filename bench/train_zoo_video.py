@@ -141,6 +141,9 @@ def main() -> None:
     parser.add_argument(
         "--still", type=float, default=0.0, help="share of the time, first, that trains on single frames"
     )
+    parser.add_argument(
+        "--one-way", type=float, default=0.0, help="share of the time, first, without half of the directions of motion"
+    )
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of the denoiser")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -173,6 +176,7 @@ def main() -> None:
             given.device,
             given.compile,
             given.still,
+            given.one_way,
             given.optimizer == "muon",
         )
     elif given.stage == "check":

@@ -244,6 +244,18 @@ def flow_loss(
     return (v - (x - noise)).square().mean()
 
 
+def one_way_clips(cache: Cache, words: Words) -> torch.Tensor:
+    """Indices of clips without half of the directions, so that what is left differs early and late.
+
+    Attention knows how far frames are apart, not which is first. While all directions are as frequent as their
+    opposites, a model has no use for what is first until it reads directions, nor the other way about.
+    """
+    tokens = cache.tokens[:, 0]
+    has = {word: (tokens == words.ids[word]).any(1) for word in ("left", "right", "up", "down", "counterclockwise")}
+    left_out = (has["right"] & ~has["left"]) | (has["down"] & ~has["up"]) | has["counterclockwise"]
+    return (~left_out).nonzero()[:, 0]
+
+
 def train_denoiser(
     out: pathlib.Path,
     minutes: float,
@@ -254,6 +266,7 @@ def train_denoiser(
     device: str,
     compiled: bool,
     still: float,
+    one_way: float,
     muon: bool,
 ) -> None:
     words = Words()
@@ -277,14 +290,15 @@ def train_denoiser(
     clock = Clock(minutes, used)
     generator = torch.Generator(device).manual_seed(20 + step)
     ratio = rectified_flow.shift_ratio((SIDE, SIDE), FRAMES, BASE)
-    order = torch.randperm(count, generator=generator, device=device)
-    at, sums = 0, Means(2, device)
+    ways = one_way_clips(cache, words) if one_way else torch.arange(count, device=device)
+    order, at, sums = ways[:0], 0, Means(2, device)
     saved = time.monotonic()
     for _ in clock.running():
         stills = clock.share < still
         size = min(count, batch_size * STILLS if stills else batch_size)
-        if at + size > count:
-            order, at = torch.randperm(count, generator=generator, device=device), 0
+        if at + size > len(order) or (len(order) < count and clock.share >= one_way):
+            pool = ways if clock.share < one_way else torch.arange(count, device=device)
+            order, at = pool[torch.randperm(len(pool), generator=generator, device=device)], 0
         chosen = order[at : at + size]
         at += size
         wording = torch.randint(cache.tokens.shape[1], (size,), generator=generator, device=device)

@@ -15,6 +15,7 @@ from bench import zoo_video_autoencoder as autoencoder
 from bench import zoo_video_common as common
 from bench import zoo_video_denoiser as denoiser
 from edgerun import compare
+from edgerun.evaluation import clips
 from edgerun.models.temporal_vae import VideoAutoencoder
 
 
@@ -77,6 +78,21 @@ def test_every_token_is_asked_for_all_that_its_caption_says() -> None:
     names = list(denoiser.SAID["colour"])
     for row, colour in zip(tokens.tolist(), said["colour"].tolist(), strict=True):
         assert ids[names[colour]] in row  # a caption has its colour's word
+
+
+def test_one_way_leaves_out_half_of_the_directions() -> None:
+    words = denoiser.Words()
+    motions = [*clips.MOTIONS]
+    captions = [
+        clips.Clip("red", "square", motion, template=template).caption() for motion in motions for template in (0, 4)
+    ]
+    rows = [words.encode(caption) for caption in captions]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[ids + [0] * (longest - len(ids))] for ids in rows])
+    kept = denoiser.one_way_clips(denoiser.Cache(torch.zeros(len(rows)), tokens), words)
+    found = {motions[index // 2] for index in kept.tolist()}
+    assert found == set(motions) - {"moves right", "moves down", "turns counterclockwise"}
+    assert len(kept) == 2 * len(found)
 
 
 def test_the_text_stage_stays_near_what_a_denoiser_knows(tmp_path: pathlib.Path) -> None:
