@@ -44,6 +44,7 @@ from edgerun.models.text_encoder import build_word_tokenizer
 NULL_SHARE = 0.1  # of captions in training
 NOISY_SHARE, NOISY_FROM = 0.4, 0.7  # of times in training, and where they begin
 NEAR = 1.0  # weight of the squared distance to what a denoiser knows, against a caption's cross-entropy
+TURNS = 3  # times that a clip whose shape turns is shown, for once another: they are the hardest
 STILLS = 8  # single frames instead of one clip: about as much work
 
 
@@ -244,6 +245,12 @@ def flow_loss(
     return (v - (x - noise)).square().mean()
 
 
+def turning_clips(cache: Cache, words: Words) -> torch.Tensor:
+    """Indices of clips whose shape turns."""
+    turns = [words.ids[word] for word in ("clockwise", "counterclockwise")]
+    return torch.isin(cache.tokens[:, 0], torch.tensor(turns, device=cache.tokens.device)).any(1).nonzero()[:, 0]
+
+
 def one_way_clips(cache: Cache, words: Words) -> torch.Tensor:
     """Indices of clips without half of the directions, so that what is left differs early and late.
 
@@ -290,14 +297,15 @@ def train_denoiser(
     clock = Clock(minutes, used)
     generator = torch.Generator(device).manual_seed(20 + step)
     ratio = rectified_flow.shift_ratio((SIDE, SIDE), FRAMES, BASE)
-    ways = one_way_clips(cache, words) if one_way else torch.arange(count, device=device)
+    every = torch.cat([torch.arange(count, device=device), *[turning_clips(cache, words)] * (TURNS - 1)])
+    ways = one_way_clips(cache, words) if one_way else every
     order, at, sums = ways[:0], 0, Means(2, device)
     saved = time.monotonic()
     for _ in clock.running():
         stills = clock.share < still
         size = min(count, batch_size * STILLS if stills else batch_size)
         if at + size > len(order) or (len(order) < count and clock.share >= one_way):
-            pool = ways if clock.share < one_way else torch.arange(count, device=device)
+            pool = ways if clock.share < one_way else every
             order, at = pool[torch.randperm(len(pool), generator=generator, device=device)], 0
         chosen = order[at : at + size]
         at += size
@@ -311,8 +319,7 @@ def train_denoiser(
         norm = update(optimizer, parameters, clock.rate(step, peak, 200, decay))
         sums.add(loss, norm)
         step += 1
-        every = 100 if device == "cuda" else 50
-        if step % every == 0:
+        if step % (100 if device == "cuda" else 50) == 0:
             loss_mean, norm_mean = sums.take()
             log(out, stage="denoiser", step=step, seconds=clock.used, loss=loss_mean, norm=norm_mean)
         if time.monotonic() - saved > 300:

@@ -93,6 +93,8 @@ def test_one_way_leaves_out_half_of_the_directions() -> None:
     found = {motions[index // 2] for index in kept.tolist()}
     assert found == set(motions) - {"moves right", "moves down", "turns counterclockwise"}
     assert len(kept) == 2 * len(found)
+    turning = denoiser.turning_clips(denoiser.Cache(torch.zeros(len(rows)), tokens), words)
+    assert {motions[index // 2] for index in turning.tolist()} == {"turns clockwise", "turns counterclockwise"}
 
 
 def test_the_text_stage_stays_near_what_a_denoiser_knows(tmp_path: pathlib.Path) -> None:
