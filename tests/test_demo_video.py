@@ -16,7 +16,10 @@ from edgerun.commands.demo_video import PLAIN, REFERENCE, STREAMED, TOGETHER, Ma
 from edgerun.evaluation import clips
 from edgerun.models import rectified_flow
 from edgerun.sessions.video import Leap
+from tests.browser import chromium, films, measured
 from tests.models import tiny_video_checkpoint
+
+__all__ = ["chromium"]  # a fixture
 
 LEAP = {"kind": "fixed", "evaluations": 19, "latest_time": 0.5, "tolerance": 1e-3, "patience": 3}
 VIDEO: dict[str, Any] = {"leap": LEAP, "merge": {"steps": 10}}
@@ -97,7 +100,7 @@ def test_a_file_where_the_folder_would_be_is_refused(
 
 
 @pytest.mark.slow
-def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, chromium: str) -> None:
     import edgerun.export as exporter
 
     words = clips.caption_words()
@@ -116,3 +119,8 @@ def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     assert written == {demo_video.BUNDLE, demo_video.PAGE, demo_video.VALUES} | clip_names
     values = json.loads((tmp_path / "out put" / demo_video.VALUES).read_text())
     assert len(values["clips"]) == len(names) * demo_video.PROMPTS
+    page = (tmp_path / "out put" / demo_video.PAGE).read_text()
+    for frame in measured(chromium, page, tmp_path):
+        assert frame["needed"] == frame["width"] and frame["pictures"] == 2 * len(values["clips"])
+        assert frame["broken"] == 0
+    assert len(films(chromium, page, tmp_path)) == len(values["clips"])

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
-import json
 import math
 import pathlib
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from edgerun.attention_picture import attention_picture
 from edgerun.clip_picture import moving_picture
@@ -35,78 +29,13 @@ from edgerun.report import (
     Table,
 )
 from edgerun.report_html import to_html
+from tests.browser import NARROW, WIDE, chromium, films, measured, screenshot
+
+__all__ = ["chromium"]  # a fixture
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "bench" / "results"
-NARROW, WIDE = 390, 1200
 GREEN = (0, 137, 0)
 PAPER, DARK_PAPER = (255, 255, 255), (13, 17, 23)
-TIMEOUT_S = 120
-# For every frame: its width, its content's, texts that leave their drawing, and level texts of a drawing that overlap.
-MEASURE = """
-const found = [];
-for (const frame of document.querySelectorAll("iframe")) {
-  const page = frame.contentDocument, outside = [], overlapping = [];
-  for (const svg of page.querySelectorAll("svg")) {
-    const whole = svg.getBoundingClientRect(), level = [];
-    for (const text of svg.querySelectorAll("text")) {
-      const box = text.getBoundingClientRect();
-      if (box.left < whole.left || box.right > whole.right || box.top < whole.top || box.bottom > whole.bottom)
-        outside.push(text.textContent);
-      if (text.hasAttribute("transform")) continue;
-      for (const [name, other] of level)
-        if (Math.min(box.right, other.right) - Math.max(box.left, other.left) > 0.5 &&
-            Math.min(box.bottom, other.bottom) - Math.max(box.top, other.top) > 3)
-          overlapping.push(name + " | " + text.textContent);
-      level.push([text.textContent, box]);
-    }
-  }
-  const root = page.documentElement;
-  found.push({width: root.clientWidth, needed: root.scrollWidth, drawings: page.querySelectorAll("svg").length,
-              outside, overlapping});
-}
-document.body.textContent = "<measured>" + JSON.stringify(found) + "</measured>";
-"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    """The browser's path; skipped without one that runs: Ubuntu's command may only say to install a snap."""
-    for path in filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        if subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
-            return path
-    pytest.skip("no chromium, chromium-browser or google-chrome runs here: apt install chromium")
-
-
-def browse(chromium: str, page: str, folder: pathlib.Path, *options: str) -> tuple[str, list[str]]:
-    """Open a page: what the browser prints, and the lines that the page put on the console."""
-    path = folder / "page.html"
-    path.write_text(page, encoding="utf-8")
-    fixed = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0")
-    command = [chromium, *fixed, f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def screenshot(chromium: str, page: str, folder: pathlib.Path, *options: str) -> tuple[Image.Image, list[str]]:
-    """A page as a picture of WIDE by 3000 pixels, and what it put on the console."""
-    size = (f"--window-size={WIDE},3000", f"--screenshot={folder / 'page.png'}")
-    _, complaints = browse(chromium, page, folder, *size, *options)
-    return Image.open(io.BytesIO((folder / "page.png").read_bytes())).convert("RGB"), complaints
-
-
-def measured(chromium: str, page: str, folder: pathlib.Path) -> list[dict[str, object]]:
-    """What MEASURE finds of a page on a phone and on a desk. The script is the frame's, the page has none.
-
-    The page is inside frames because a headless window cannot be as narrow as a phone.
-    """
-    source = html.escape(page, quote=True)
-    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{source}"></iframe>' for width in (NARROW, WIDE))
-    wrapper = f"<!doctype html><meta charset='utf-8'><body>{frames}<script>window.onload=()=>{{{MEASURE}}}</script>"
-    document, _ = browse(chromium, wrapper, folder, "--dump-dom")
-    found = re.search("&lt;measured&gt;(.*)&lt;/measured&gt;", document, re.DOTALL)
-    assert found is not None, document[:2000]
-    return list(json.loads(html.unescape(found[1])))
 
 
 def line(rank: int) -> Series:
@@ -212,6 +141,11 @@ def test_clips_are_shown(chromium: str, page: str, tmp_path: pathlib.Path) -> No
     assert colours[GREEN] > 4 * 150 * 150
 
 
+def test_clips_move(chromium: str, page: str, tmp_path: pathlib.Path) -> None:
+    """The square moves in every second frame; the last move is at 50/17 s."""
+    assert films(chromium, page, tmp_path) == 4 * [[26, pytest.approx(50 / 17 * 1e3, abs=1)]]
+
+
 def test_the_page_fits_a_phone_and_a_desk(chromium: str, page: str, tmp_path: pathlib.Path) -> None:
     found = measured(chromium, page, tmp_path)
     assert [frame["width"] for frame in found] == [NARROW, WIDE]
@@ -219,6 +153,7 @@ def test_the_page_fits_a_phone_and_a_desk(chromium: str, page: str, tmp_path: pa
         assert frame["drawings"] == 8
         assert frame["needed"] == frame["width"]
         assert frame["outside"] == [] and frame["overlapping"] == []
+        assert frame["pictures"] == page.count("<img") and frame["broken"] == 0
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.html")), ids=lambda path: path.stem)
@@ -228,6 +163,14 @@ def test_published_pages_are_drawn_and_fit(chromium: str, tmp_path: pathlib.Path
     assert complaints == [] and len(image.getcolors(maxcolors=image.width * image.height)) > 1000
     for frame in measured(chromium, published, tmp_path):
         assert frame["needed"] == frame["width"] and frame["outside"] == [] and frame["overlapping"] == []
+        assert frame["pictures"] == published.count("<img") and frame["broken"] == 0
+    assert all(frames > 1 for frames, _ in films(chromium, published, tmp_path))
+
+
+def test_a_page_with_a_broken_picture_is_noticed(chromium: str, page: str, tmp_path: pathlib.Path) -> None:
+    cut = re.sub(r'(data:image/webp;base64,.{40})[^"]*', r"\1", page, count=1)
+    for frame in measured(chromium, cut, tmp_path):
+        assert frame["pictures"] == page.count("<img") and frame["broken"] == 1
 
 
 def test_a_page_that_complains_is_noticed(chromium: str, tmp_path: pathlib.Path) -> None:

@@ -6,9 +6,9 @@ Every method starts from the same noise and prompt. Its clip is held against the
 (PSNR, SSIM), read by the detectors (colour, shape and motion all right), and measured for flicker and for how much
 moves. The loss of a method is PSNR(plain) - PSNR(method), its mean over the prompts with a paired 95 % interval. Rivals
 are re-spaced Euler and step caching with as many evaluations as each rule takes on average, whose threshold is found on
-other prompts. Nothing is timed: evaluations are counted, and `edgerun bench`
-times a bundle. A row is written when a method is complete; references and clips stay in --work; the same command goes
-on after a stop. What it means is printed, and written as a page with clips side by side (bench/video_quality_page.py).
+other prompts. Nothing is timed: evaluations are counted, and video_speed.py times a bundle. A row is written when a
+method is complete; references and clips stay in --work; the same command goes on after a stop. What it means is
+printed, and written as a page with clips side by side (bench/video_quality_page.py).
 """
 
 from __future__ import annotations
@@ -79,8 +79,12 @@ class Plan:
         if longest:
             more = ((kind, f"TDTM, {longest} steps, {kind}") for kind in (PAIRS_AND_MLP, SIMILAR))
             found += [Method(name, steps, merge_steps=longest, merge=kind) for kind, name in more]
-            name = f"LPL after {few} and TDTM, {longest} steps"
-            found.append(Method(name, steps, lambda: FixedLeap(few), longest))
+        for count in self.merge_steps:
+            name = f"LPL after {few} and TDTM, {count} steps"
+            found.append(Method(name, steps, lambda: FixedLeap(few), count))
+            share = max(1, round(few * count / steps))  # of fewer steps, as many of their time
+            if few < steps:
+                found.append(Method(f"Euler, {few} steps and TDTM, {share} steps", few, merge_steps=share))
         return found
 
 
@@ -100,6 +104,7 @@ class Sampler:
 
     def __init__(self, checkpoint: VideoCheckpoint, least_cosine: float = 0.9) -> None:
         self.least_cosine = least_cosine
+        self.similar_frames: list[int] = []  # computed in each merged step of similar pairs
         self.settings = checkpoint.settings
         self.denoiser = checkpoint.load_denoiser()
         self.autoencoder = checkpoint.load_autoencoder()
@@ -152,7 +157,9 @@ class Sampler:
         if kind != SIMILAR:
             return self.merges[kind]
         tokens = self.denoiser.embed(x, torch.full((1,), t), self.fps(1), self.pixels)[0]
-        return frame_merge(similar_groups(tokens, self.least_cosine))
+        found = frame_merge(similar_groups(tokens, self.least_cosine))
+        self.similar_frames.append(len(found.positions))
+        return found
 
     @torch.inference_mode()
     def clip(self, latents: torch.Tensor) -> torch.Tensor:
@@ -266,6 +273,7 @@ def measure(
 ) -> dict[str, Any]:
     """Every measure of every prompt's clip."""
     found: dict[str, list[float]] = {name: [] for name in ("evaluations", "right", *MEASURES)}
+    sampler.similar_frames.clear()
     for index, clip in enumerate(tqdm(wanted, desc=method.name, disable=None)):
         sampled = sampler.latents(clip.caption(), index, method)
         video, best = sampler.clip(sampled.latents), references[index]
@@ -275,6 +283,8 @@ def measure(
         found["ssim"].append(video_quality.ssim(video, best))
         found["flicker"].append(video_quality.temporal_flicker(video))
         found["dynamic"].append(video_quality.dynamic_degree(video))
+    if sampler.similar_frames:
+        found["similar_frames"] = [float(count) for count in sampler.similar_frames]
     return found
 
 
@@ -288,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--evaluations", type=int, default=19, help="of fixed leap, Euler and caching; default: %(default)s"
     )
-    parser.add_argument("--merge-steps", type=int, nargs="*", default=[10, 15, 30], help="default: %(default)s")
+    parser.add_argument("--merge-steps", type=int, nargs="*", default=[5, 10, 15, 20, 30], help="default: %(default)s")
     parser.add_argument(
         "--latest-times",
         type=float,
@@ -334,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = ResultFile(given.output, command, dataclasses.asdict(plan), fresh=given.fresh)
         given.work.mkdir(parents=True, exist_ok=True)
         pictures = run(checkpoint, plan, given.work, results)
-        report = quality_report(results.rows, plan.evaluations, pictures, command)
+        report = quality_report(results.rows, plan.evaluations, plan.merge_steps, pictures, command)
         write_html(report, given.output.with_suffix(".html"))
         print(to_text(report, colour=sys.stdout.isatty()), end="", flush=True)
     except EdgerunError as error:

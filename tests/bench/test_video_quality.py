@@ -41,7 +41,7 @@ def test_every_method_is_measured_and_a_second_run_measures_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = rows(checkpoint, tmp_path)
-    assert list(found)[:7] == [
+    assert list(found)[:8] == [
         "plain",
         "LPL after 4",
         "LPL, cosine from 0.9",
@@ -49,10 +49,11 @@ def test_every_method_is_measured_and_a_second_run_measures_nothing(
         "TDTM, 3 steps, pairs, feed-forward too",
         "TDTM, 3 steps, similar pairs",
         "LPL after 4 and TDTM, 3 steps",
+        "Euler, 4 steps and TDTM, 2 steps",
     ]
     cosine = found["LPL, cosine from 0.9"]["evaluations"]
     counts = {4, math.ceil(sum(cosine) / 2)} - {6}
-    assert set(list(found)[7:]) == {n for c in counts for n in (f"Euler, {c} steps", f"step caching at {c}")}
+    assert set(list(found)[8:]) == {n for c in counts for n in (f"Euler, {c} steps", f"step caching at {c}")}
     assert found["plain"]["evaluations"] == found["TDTM, 3 steps"]["evaluations"] == [6, 6]
     assert found["Euler, 4 steps"]["evaluations"] == found["LPL after 4"]["evaluations"] == [4, 4]
     assert found["plain"]["psnr"] != found["TDTM, 3 steps"]["psnr"]
@@ -159,6 +160,34 @@ def test_motion_that_stops_is_said() -> None:
     stops, moves = page.merge_verdicts(methods)
     assert stops.startswith("TDTM, 30 steps does not keep 0.9 of the plain run's dynamic degree: 0.50 [0.50, 0.50]")
     assert moves.startswith("TDTM, 10 steps keeps 0.9 of the plain run's dynamic degree: 0.95")
+
+
+def test_the_default_keeps_every_limit_with_fewest_evaluations() -> None:
+    plain = method_row([30.0] * 10, [1.0] * 10, 30, 2.0)
+    methods = {
+        "plain": plain,
+        "LPL after 19": method_row([29.6] * 10, [1.0] * 10, 19, 1.9),
+        "Euler, 19 steps": method_row([29.8] * 10, [1.0] * 10, 19, 1.9),
+        "LPL after 19 and TDTM, 10 steps": method_row([29.6] * 10, [1.0] * 10, 18.9, 1.7),
+    }
+    assert page.gates_broken(plain, methods["LPL after 19 and TDTM, 10 steps"]) == ["motion"]
+    assert page.gates_broken(plain, method_row([29.4] * 10, [0.0, *[1.0] * 9], 19, 2.0)) == ["loss", "caption"]
+    assert "by: Euler, 19 steps (19.0); LPL after 19 (19.0)." in page.default_verdict(methods, 19)
+    worse = {name: methods[name] | {"psnr": [29.0] * 10} for name in methods if name != "plain"}
+    said = page.default_verdict({"plain": plain, **worse}, 19)
+    assert said.startswith("Nothing with fewer evaluations") and "nearest of the others is LPL after 19" in said
+
+
+def test_the_curve_has_motion_and_loss_by_merged_steps() -> None:
+    methods = {
+        "plain": method_row([30.0] * 10, [1.0] * 10, 30, 2.0),
+        "TDTM, 10 steps": method_row([29.0] * 10, [1.0] * 10, 30, 1.9),
+        "TDTM, 30 steps": method_row([25.0] * 10, [1.0] * 10, 30, 1.0),
+    }
+    moves, losses = page.merge_curves(methods, (10, 20, 30))
+    assert [(x, round(y.value, 6)) for x, y in moves.series[0].points] == [(0, 1), (10, 0.95), (30, 0.5)]
+    assert [(x, y.value) for x, y in losses.series[0].points] == [(0, 0), (10, 1), (30, 5)]
+    assert page.merge_curves({"plain": methods["plain"]}, (10,)) == []
 
 
 def test_a_ratio_of_means_by_hand() -> None:
