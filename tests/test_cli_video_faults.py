@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +25,7 @@ from edgerun.commands import video
 from edgerun.errors import BundleError
 from edgerun.sessions.video import Progress, VideoSession
 from tests import shared_video_bundle
+from tests.runtime.loader_thread import run_script
 from tests.shared_bundle import changed_bundle
 
 PROMPT = "a red circle moves left"
@@ -97,7 +101,16 @@ def overwrite(path: pathlib.Path) -> None:
     path.write_bytes(b"\x7f" * path.stat().st_size)
 
 
-@pytest.mark.parametrize("harm", [remove, truncate, overwrite])
+def flip(path: pathlib.Path) -> None:
+    """One bit of the weights, which lie last in the file: the program runs as well as before."""
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("harm", [remove, truncate, overwrite, flip])
 @pytest.mark.parametrize(("stage", "program"), [("encode", "denoiser_tail"), ("denoise", "decoder_frames_0")])
 def test_a_program_that_goes_bad(
     bundle: Bundle,
@@ -115,7 +128,119 @@ def test_a_program_that_goes_bad(
     assert run(copy, out) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"{program}.pte" in said and said.startswith("edgerun run: ")
+    assert ("changed since it was checked" in said) == (harm is not remove)
     assert list(out.iterdir()) == []
+
+
+PAIRS, STATED_BYTES = 6, 64 << 20
+
+
+@pytest.fixture(scope="module")
+def streaming(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A denoiser of eight blocks, each a file of its own that is stated to take 64 MiB: memory that nobody needs."""
+    target = tmp_path_factory.mktemp("streaming") / "s.edgerun"
+
+    def change(manifest: dict[str, Any]) -> None:
+        programs = {program["name"]: program for program in manifest["programs"]}
+        first = programs["denoiser_pairs_0"]
+        for i in range(1, PAIRS):
+            name, file = f"denoiser_pairs_{i}", f"programs/denoiser_pairs_{i}.pte"
+            shutil.copy(target / first["file"], target / file)
+            programs[name] = first | {"name": name, "file": file}
+            manifest["files"][file] = manifest["files"][first["file"]]
+        chain = ["denoiser_head", *(f"denoiser_pairs_{i}" for i in range(PAIRS)), "denoiser_tail"]
+        for name in chain:
+            programs[name] = programs[name] | {"table_bytes": STATED_BYTES}
+        manifest["chains"]["denoiser"] = chain
+        manifest["programs"] = list(programs.values())
+
+    return changed_bundle(bundle.path, target, change)
+
+
+def streaming_limit() -> list[str]:
+    """Room for about four and a half blocks: two stay, the others stream through, one ahead."""
+    taken = sum(_native.resident_bytes()) + (8 << 20)  # and what a session keeps free
+    return ["--memory-limit", str(taken + 9 * STATED_BYTES // 2), "--lpl", "none"]
+
+
+@pytest.mark.parametrize("prefetch", ["0", "1"])
+@pytest.mark.parametrize("harm", [remove, truncate, flip])
+def test_a_streamed_block_of_the_denoiser_that_goes_bad(
+    streaming: pathlib.Path,
+    harm: Callable[[pathlib.Path], None],
+    prefetch: str,
+    during: Callable,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """After the first step, which loaded it whole: that the second fails shows that it streams."""
+    copy, out = tmp_path / "copy.edgerun", tmp_path / "out"
+    shutil.copytree(streaming, copy)
+    out.mkdir()
+    block, told = copy / f"programs/denoiser_pairs_{PAIRS - 1}.pte", []
+
+    def at_the_second_step(progress: Progress) -> None:
+        told.append((progress.stage, progress.done))
+        if told[-1] == ("denoise", 1):
+            harm(block)
+
+    during(at_the_second_step)
+    assert run(copy, out, "--prefetch", prefetch, *streaming_limit()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("edgerun run: ") and said.count("\n") == 1 and str(block) in said
+    assert ("changed since it was checked" in said) == (harm is not remove)
+    assert told[-1] == ("denoise", 1) and list(out.iterdir()) == []
+
+
+# Four clips: of the second the loading thread ends as it packs weights, of the third a signal ends it between steps.
+RUNS_WITH_A_THREAD_THAT_ENDS = """
+import contextlib, ctypes, io, json, os, pathlib, signal, sys
+from edgerun.cli import main
+from edgerun.commands import video
+from tests.test_cli_video_faults import run, streaming_limit
+
+bundle, folder = map(pathlib.Path, sys.argv[1:])
+process, found = ctypes.CDLL(None), []
+
+def end(progress):
+    step = (len(found), progress.stage, progress.done)
+    if step == (1, "denoise", 1):
+        process.end_loader_at(2, 4096)
+    if step == (2, "denoise", 2):
+        tasks = pathlib.Path("/proc/self/task").iterdir()
+        (thread,) = (task for task in tasks if (task / "comm").read_text() == "edgerun-loader\\n")
+        process.signal(signal.SIGUSR1, ctypes.cast(process.pthread_exit, ctypes.c_void_p))
+        process.tgkill(os.getpid(), int(thread.name), signal.SIGUSR1)
+        while thread.exists():
+            pass
+
+@contextlib.contextmanager
+def bar():
+    yield end
+
+video._step_bar = bar
+for i in range(4):
+    out, said = folder / str(i), io.StringIO()
+    out.mkdir()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = run(bundle, out, *streaming_limit())
+    found.append([status, said.getvalue(), {path.name: path.read_bytes().hex() for path in out.iterdir()}])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="finds the thread in /proc; only glibc unwinds one that ends itself"
+)
+def test_a_loading_thread_that_is_ended(streaming: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    done = run_script(RUNS_WITH_A_THREAD_THAT_ENDS, tmp_path, str(streaming), str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    before, in_a_load, by_a_signal, after = json.loads(done.stdout)
+    assert before[0] == after[0] == 0 and before[2].keys() == {"c.gif"} and after[2] == before[2]
+    assert [(status, files) for status, _, files in (in_a_load, by_a_signal)] == [(2, {}), (2, {})]
+    line = r"edgerun run: the thread that loads ahead ended while it loaded block 'denoiser_\w+': run again\n"
+    assert re.fullmatch(line, in_a_load[1])
+    assert by_a_signal[1] == "edgerun run: the thread that loads ahead was ended from outside: run again\n"
 
 
 def test_a_program_that_goes_bad_on_a_device(
@@ -178,17 +303,17 @@ def test_runs_that_end_early_leave_nothing_behind(bundle: Bundle, tmp_path: path
     shutil.copytree(bundle.path, copy)
     programs = [copy / f"programs/{name}.pte" for name in ("text_norm", "denoiser_tail", "decoder_frames_0")]
     session, process = VideoSession(copy, threads=1), psutil.Process()
+    stages = ("encode", "denoise", "decode")
 
     def fail(stage: str) -> None:
-        for path, where in zip(programs, ("encode", "denoise", "decode"), strict=True):
-            aside = path.with_suffix(".aside")
-            path.rename(aside)
-            try:
-                if where == stage:
-                    with pytest.raises(BundleError, match="cannot be read"):
-                        session.generate(TOKENS)
-            finally:
-                aside.rename(path)
+        path = programs[stages.index(stage)]
+        aside = path.with_suffix(".aside")
+        path.rename(aside)
+        try:
+            with pytest.raises(BundleError, match="cannot be read"):
+                session.generate(TOKENS)
+        finally:
+            aside.rename(path)
 
         def cancel(progress: Progress) -> None:
             if progress.stage == stage:
@@ -199,7 +324,6 @@ def test_runs_that_end_early_leave_nothing_behind(bundle: Bundle, tmp_path: path
     def state() -> tuple[int, int]:
         return process.num_fds(), process.num_threads()
 
-    stages = ("encode", "denoise", "decode")
     for stage in stages * 3:
         fail(stage)
     before, memory = state(), _native.resident_bytes()[0]

@@ -47,14 +47,15 @@ class BlockLoader::Source final : public BlockSource {
   const std::vector<BlockCost>& estimates() const { return costs_; }
 
   Status load(size_t index, const LoadMode& mode, BlockCost* cost) override {
+    Attempt attempt{this, index};
     const size_t workspace = choose_workspace(index, mode.stays ? 0 : mode.ahead);
     const ResidentBytes before = mode.alone ? resident_bytes() : ResidentBytes();
     Status status = BlockProgram::load(programs_[index], workspaces_[workspace].get(), &planned_, &blocks_[index]);
     if (!status.ok()) {
-      give_back_workspace(index);
       release_free_memory();
       return status;
     }
+    attempt.succeeded = true;
     const ResidentBytes after = mode.alone ? resident_bytes() : ResidentBytes();
     if (before.anonymous < 0 || after.anonymous < 0) return Status();
     const int64_t packed = std::max<int64_t>(after.anonymous - before.anonymous, 0);
@@ -96,14 +97,27 @@ class BlockLoader::Source final : public BlockSource {
   }
 
  private:
+  // A load that does not come to its end leaves nothing behind, also where an exception ends it, or the end of its
+  // thread, which unwinds the stack as an exception does (BlockSchedule::loading_thread).
+  struct Attempt {
+    Source* source;
+    size_t index;
+    bool succeeded = false;
+    ~Attempt() {
+      if (succeeded) return;
+      source->blocks_[index].reset();
+      source->give_back_workspace(index);
+    }
+  };
+
   int64_t value_bytes() const {
     int64_t bytes = 0;
     for (const auto& [name, value] : *values_) bytes += value.capacity;
     return bytes;
   }
 
-  // Resident programs share the first. One that streams gets one of the `ahead` + 1 first that no streaming program has,
-  // the very first only at last, since loading it and executing a resident one would wait for each other.
+  // Resident programs share the first. One that streams gets one of the `ahead` + 1 first that no streaming program
+  // has, the very first only at last, since loading it and executing a resident one would wait for each other.
   size_t choose_workspace(size_t index, int64_t ahead) {
     const std::lock_guard<std::mutex> lock(mutex_);
     size_t chosen = 0;

@@ -5,8 +5,11 @@
 // A loaded program costs what XNNPACK packed, which is anonymous memory, what of its file stays mapped, and the tables
 // that it makes when it is first executed; while it loads, the file's pages come on top. Packing is measured, by what
 // the process grows by, on the chain's first pass when more follow, and so are values, planned memory and workspaces.
-// Until then, and where it is more, what the programs state counts. What the C library would keep of an unloaded program
-// is given back at once, for which the first chain of a process changes its allocator's thresholds.
+// Until then, and where it is more, what the programs state counts. What the C library would keep of an unloaded
+// program is given back at once, for which the first chain of a process changes its allocator's thresholds.
+//
+// Every load holds the program's file against what it was when it was first looked at, by what the system says of it:
+// bytes that rot in place and leave its times alone are not noticed (block_file.h).
 #pragma once
 
 #include <cstdint>
@@ -31,8 +34,8 @@ struct BlockLoaderOptions {
 
 class BlockLoader {
  public:
-  // Looks at every file, loads none. kNotFound, kCorrupt: a program is missing or damaged. kOutOfMemory: the budget
-  // is below what one program needs.
+  // Looks at every file, loads none. kNotFound, kCorrupt: a program is missing, damaged, or not the one that `programs`
+  // was first opened with; `run` can end so too. kOutOfMemory: the budget is below what one program needs.
   static Status open(std::vector<ChainProgram> programs, const BlockLoaderOptions& options,
                      std::unique_ptr<BlockLoader>* loader);
   ~BlockLoader();

@@ -71,13 +71,29 @@ std::string shape_text(const std::vector<int64_t>& sizes) {
 
 std::string cannot_load(const ChainProgram& program) { return "'" + program.path + "' cannot be loaded"; }
 
-// The checks are the strict ones: a file that changed since the bundle was opened must fail, not crash. They read the
+// Holds the file against what it was when it was first looked at, before and after it is read. By its path: a file that
+// is put in the place of the open one is another block, too. One that is missing is looked at anew once it is there:
+// whoever was told that has put it back.
+Status check_unchanged(const ChainProgram& program) {
+  FileStamp now;
+  if (Status status = read_stamp(program.path, &now); !status.ok()) {
+    *program.stamp = FileStamp();
+    return status;
+  }
+  if (!program.stamp->taken()) *program.stamp = now;
+  if (now == *program.stamp) return Status();
+  return Status(StatusCode::kCorrupt, "block '" + program.name + "' ('" + program.path +
+                                          "') changed since it was checked: copy the bundle again, and open it anew");
+}
+
+// ExecuTorch's checks are the strict ones: what check_unchanged does not notice must fail, not crash. They read the
 // program's description only, not its weights.
 Status open_program(const ChainProgram& program, std::unique_ptr<MappedDataLoader>* loader,
                     std::unique_ptr<Program>* opened) {
   static std::once_flag once;
   std::call_once(once, [] { executorch::runtime::runtime_init(); });
   const ExecutorchLog log;
+  if (Status status = check_unchanged(program); !status.ok()) return status;
   if (Status status = MappedDataLoader::open(program.path, program.bytes, loader); !status.ok()) return status;
   auto result = Program::load(loader->get(), Program::Verification::InternalConsistency);
   if (!result.ok()) {
@@ -138,7 +154,8 @@ Status inspect_program(const ChainProgram& program, ProgramFacts* facts) {
   if (Status status = check_operators(program.operators); !status.ok()) return status;
   if (Status status = open_program(program, &loader, &opened); !status.ok()) return status;
   facts->file_bytes = static_cast<int64_t>(*loader->size());
-  return planned_bytes(program, *opened, &facts->planned_bytes);
+  if (Status status = planned_bytes(program, *opened, &facts->planned_bytes); !status.ok()) return status;
+  return check_unchanged(program);
 }
 
 struct BlockProgram::Memory {
@@ -186,6 +203,7 @@ Status BlockProgram::load(const ChainProgram& facts, WorkspaceKey* key, LazyMemo
   auto method = block->program_->load_method("forward", memory.manager.get(), nullptr, nullptr, &backends);
   if (!method.ok()) return executorch_failed(cannot_load(facts), method.error(), log);
   block->method_ = std::make_unique<Method>(std::move(*method));
+  if (Status status = check_unchanged(facts); !status.ok()) return status;
   block->loader_->drop_pages();
   *loaded = std::move(block);
   return Status();
@@ -223,6 +241,9 @@ Status BlockProgram::execute(Values* values) {
   }
   if (const Error error = method_->execute(); error != Error::Ok) {
     return executorch_failed(where + " failed", error, log);
+  }
+  if (loader_->mapped_bytes() > 0) {  // what is mapped was read now, perhaps for the first time
+    if (Status status = check_unchanged(facts_); !status.ok()) return status;
   }
   for (size_t i = 0; i < facts_.outputs.size(); ++i) {
     const EValue& output = method_->get_output(i);

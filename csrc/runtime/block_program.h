@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/base/status.h"
+#include "csrc/runtime/block_file.h"
 #include "csrc/runtime/mapped_data_loader.h"
 #include "csrc/runtime/process_memory.h"
 
@@ -49,6 +50,9 @@ struct ChainProgram {
   std::vector<std::string> operators;        // that must be there, as "namespace::name"
   int64_t arena_bytes = 0;                   // most that XNNPACK takes while it executes; 0: not known
   int64_t table_bytes = 0;                   // that XNNPACK keeps of it from its first execution on
+  // Of the file when it was first inspected, which a session does as soon as the hashes are compared. Copies share it:
+  // each chain that a session opens afterwards holds the file against what it was then.
+  std::shared_ptr<FileStamp> stamp = std::make_shared<FileStamp>();
 };
 
 // The allocator that names a workspace. What it gives comes from the program that the calling thread is loading.
@@ -64,12 +68,14 @@ struct ProgramFacts {
   int64_t file_bytes = 0;
 };
 
-// kNotFound, kCorrupt: the file is missing or damaged, or takes or gives another number of values.
+// kNotFound, kCorrupt: the file is missing, damaged or not as it was first inspected, or takes or gives another number
+// of values.
 Status inspect_program(const ChainProgram& program, ProgramFacts* facts);
 
 class BlockProgram {
  public:
   // planned: memory of at least the program's planned bytes, which nothing else uses while this executes.
+  // kNotFound, kCorrupt as for inspect_program.
   static Status load(const ChainProgram& program, WorkspaceKey* key, LazyMemory* planned,
                      std::unique_ptr<BlockProgram>* loaded);
   ~BlockProgram();

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
-#include <initializer_list>
 #include <new>
 #include <system_error>
 #include <utility>
+
+#include "csrc/runtime/block_signals.h"
 
 namespace edgerun {
 
@@ -217,9 +218,13 @@ bool BlockSchedule::find_next(size_t* next) const {
 Status BlockSchedule::start_thread() {
   if (thread_lives_) return Status();
   if (thread_.joinable()) thread_.join();  // one that ended early; it holds no lock any more
+  if (std::exchange(lost_, false)) {
+    return Status(StatusCode::kInternal, "the thread that loads ahead was ended from outside: run again");
+  }
   thread_lives_ = true;
+  const SignalsHeld held;
   try {
-    thread_ = options_.start_thread([this] { loading_thread(); });
+    thread_ = options_.start_thread([this, open = held.before()] { loading_thread(open); });
     return Status();
   } catch (const std::exception& error) {  // std::system_error, std::bad_alloc
     thread_lives_ = false;
@@ -228,31 +233,51 @@ Status BlockSchedule::start_thread() {
   }
 }
 
-void BlockSchedule::loading_thread() {
-  // However the thread ends, nobody waits for it: what it was loading has failed.
+// Nobody waits for a thread that ended: what it was loading has failed.
+void BlockSchedule::end_of_thread() {
+  const Lock lock(mutex_);
+  lost_ = !stopping_;
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    Block& block = blocks_[i];
+    if (block.state == State::kLoading) {
+      used_bytes_ -= block.stats.cost.loading_bytes;
+      block.state = State::kFailed;
+      block.failure = Status(StatusCode::kInternal, "the thread that loads ahead ended while it loaded block '" +
+                                                        options_.names[i] + "': run again");
+      lost_ = false;  // told at the block
+    } else if (block.state == State::kUnloading) {
+      used_bytes_ -= block.stats.cost.loaded_bytes;
+      block.state = State::kAbsent;
+    }
+  }
+  thread_lives_ = false;
+  changed_.notify_all();
+}
+
+// The thread can be ended from outside, by a signal whose handler calls pthread_exit. It takes signals between two
+// loads only: within one, a lock of malloc's or a frame that cannot be unwound would let the process hang or end.
+//
+// What a load calls may end the thread too. glibc then unwinds the stack as for an exception: a load gives back what it
+// holds, but for what XNNPACK's C code was making, up to one block's packed weights; where a frame must not throw, as a
+// destructor, the process ends with "terminate called without an active exception". Frames without unwind tables end
+// the unwinding, and other C libraries (bionic, musl, Darwin's) do not unwind: the load is lost to the process, perhaps
+// with a lock of XNNPACK's, so that only a new process is sure to run again. But whoever waits is told: a thread's own
+// objects are destroyed in any case, and the end is one of them. (Not unwound in the moment before or after a wait, it
+// would keep mutex_ to itself.)
+void BlockSchedule::loading_thread(const sigset_t& open) {
   struct Ending {
-    BlockSchedule* schedule;
+    BlockSchedule* schedule = nullptr;
     ~Ending() {
-      const Lock lock(schedule->mutex_);
-      for (size_t i = 0; i < schedule->blocks_.size(); ++i) {
-        Block& block = schedule->blocks_[i];
-        if (block.state == State::kLoading) {
-          schedule->used_bytes_ -= block.stats.cost.loading_bytes;
-          block.state = State::kFailed;
-          block.failure = Status(StatusCode::kInternal, "the thread that loads ahead ended while it loaded block '" +
-                                                            schedule->options_.names[i] + "': run again");
-        } else if (block.state == State::kUnloading) {
-          schedule->used_bytes_ -= block.stats.cost.loaded_bytes;
-          block.state = State::kAbsent;
-        }
-      }
-      schedule->thread_lives_ = false;
-      schedule->changed_.notify_all();
+      if (schedule != nullptr) schedule->end_of_thread();
     }
   };
-  const Ending ending{this};
+  thread_local Ending ending;
+  ending.schedule = this;
+  name_thread("edgerun-loader");
   Lock lock(mutex_);
-  while (!stopping_) {
+  while (true) {
+    let_signals_in(open, &lock);
+    if (stopping_) return;
     size_t next = kNone;
     for (size_t i = 0; i < blocks_.size() && next == kNone; ++i) {
       if (blocks_[i].state == State::kLeaving) next = i;
@@ -262,7 +287,7 @@ void BlockSchedule::loading_thread() {
     } else if (find_next(&next)) {
       (void)load_now(next, {.ahead = plan_.prefetch}, &lock);  // the pass finds the failure at the block
     } else {
-      changed_.wait(lock);
+      wait_with_signals(open, &changed_, &lock);
     }
   }
 }

@@ -12,6 +12,8 @@
 // executes in turn, keeps nothing, and measures.
 #pragma once
 
+#include <signal.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -123,7 +125,8 @@ class BlockSchedule {
   void evict(int64_t bytes, size_t needed);
   bool find_next(size_t* block) const;
   Status start_thread();
-  void loading_thread();
+  void loading_thread(const sigset_t& open);
+  void end_of_thread();
   Status load_now(size_t block, LoadMode mode, Lock* lock);
   void unload_now(size_t block, Lock* lock);
   void unload_leaving(Lock* lock);
@@ -149,6 +152,7 @@ class BlockSchedule {
   bool wanted_ = false;  // the thread may load: a pass runs, or another follows
   bool again_ = false;   // the pass is one of several
   bool stopping_ = false, thread_lives_ = false;
+  bool lost_ = false;  // the thread was ended from outside, and nobody was told yet
   std::thread thread_;
 };
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgerun.sessions.video import Clip, Leap, Progress
 
 _STATE = "state"
+_LINE_EVERY_MS = 10_000.0  # of progress, where there is no terminal
 
 
 def is_video_checkpoint(folder: pathlib.Path) -> bool:
@@ -381,22 +382,26 @@ def _save_state(path: pathlib.Path, run_facts: dict[str, Any], state: bytes) -> 
 
 @contextmanager
 def _step_bar() -> Iterator[Any]:
-    """A tqdm bar over the denoiser's steps, which take nearly all of the time; without a terminal: one line a stage."""
+    """How a run gets on and what is left of its stage: a tqdm bar, or lines where there is no terminal.
+
+    What is left counts all steps of the sampler: a leap ends them sooner.
+    """
     import tqdm
 
-    quiet = not sys.stderr.isatty()
-    bar: Any = tqdm.tqdm(total=1, desc="encode", disable=quiet, leave=False, unit="step")
-    said: set[str] = set()
+    if not sys.stderr.isatty():
+        yield _StepLines()
+        return
+
+    def begin(stage: str, done: int, total: int) -> Any:  # done: by the run that this one goes on from
+        return tqdm.tqdm(desc=stage, initial=done, total=total, leave=False, unit="step")
+
+    bar = begin("encode", 0, 1)
 
     def on_progress(progress: Progress) -> None:
-        if quiet:
-            if progress.stage not in said:
-                said.add(progress.stage)
-                print(f"{progress.stage}: {progress.total} to do", file=sys.stderr, flush=True)
-            return
-        if bar.desc != f"{progress.stage}: ":
-            bar.reset(total=progress.total)
-            bar.set_description(progress.stage, refresh=False)
+        nonlocal bar
+        if bar.desc != progress.stage:
+            bar.close()
+            bar = begin(progress.stage, progress.done, progress.total)
         bar.n = progress.done
         bar.refresh()
 
@@ -404,6 +409,28 @@ def _step_bar() -> Iterator[Any]:
         yield on_progress
     finally:
         bar.close()
+
+
+class _StepLines:
+    """A line as a stage begins, and within it at most one every ten seconds, with what is left as MM:SS."""
+
+    def __init__(self) -> None:
+        self._first: Progress | None = None  # of the stage
+        self._said_ms = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        import tqdm
+
+        first = self._first
+        if first is None or first.stage != progress.stage:
+            self._first, self._said_ms = progress, progress.elapsed_ms
+            print(f"{progress.stage}: {progress.total} to do", file=sys.stderr, flush=True)
+        elif first.done < progress.done < progress.total and progress.elapsed_ms - self._said_ms >= _LINE_EVERY_MS:
+            self._said_ms = progress.elapsed_ms
+            each_ms = (progress.elapsed_ms - first.elapsed_ms) / (progress.done - first.done)
+            left = tqdm.tqdm.format_interval(each_ms * (progress.total - progress.done) / 1e3)
+            line = f"{progress.stage}: {progress.done} of {progress.total} done, about {left} to go"
+            print(line, file=sys.stderr, flush=True)
 
 
 def _summary(clip: Clip, seconds: float) -> str:

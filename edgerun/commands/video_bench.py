@@ -169,6 +169,8 @@ def _blocks(runs: Sequence[dict[str, Any]]) -> Table:
         Column("each load", "ms", 2),
         Column("executions"),
         Column("each execution", "ms", 2),
+        Column("each wait", "ms", 2),
+        Column("overlap", "%", 0),
         Column("in memory", "MiB", 2),
     )
     rows = []
@@ -182,11 +184,24 @@ def _blocks(runs: Sequence[dict[str, Any]]) -> Table:
                 _median([one["load_ms"] / one["loads"] if one["loads"] else None for one in repeats]),
                 block["executions"],
                 _median([one["execute_ms"] / one["executions"] if one["executions"] else None for one in repeats]),
+                _median([one["wait_ms"] / one["executions"] if one["executions"] else None for one in repeats]),
+                _median([_overlap(one) for one in repeats], 100.0),
                 block["loaded_bytes"] / 2**20,
             )
             rows.append(row)
-    note = "Medians of each run's mean. in memory: measured where a limit makes the first step measure, else the file."
+    note = (
+        "Medians of each run's mean. wait: before an execution, standing still until the program is loaded. overlap: "
+        "of the time of its loads, what went by without such a wait, behind other programs; 0: all was waited for. "
+        "in memory: measured where a limit makes the first step measure, else the file."
+    )
     return Table("Programs", columns, tuple(rows), note)
+
+
+def _overlap(block: dict[str, Any]) -> float | None:
+    """The share of a program's loads that nothing waited for; None: it was not loaded."""
+    load_ms = float(block["load_ms"])
+    # A wait also holds what leaves memory first, or is loaded before: it can be longer than the load.
+    return max(0.0, 1.0 - block["wait_ms"] / load_ms) if load_ms > 0.0 else None
 
 
 def _stage(run: dict[str, Any], name: str, value: str) -> float | None:

@@ -6,6 +6,7 @@ The order of loads, the ends of a pass and the threads are tested with made-up b
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -241,8 +242,26 @@ def damage(path: pathlib.Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def flip(path: pathlib.Path) -> None:
+    """One bit of the last weights, and the time of writing is put back."""
+    time.sleep(0.02)  # file systems tell times no better than this on older kernels
+    facts = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def replace(path: pathlib.Path) -> None:
+    """A file of the same size and content in its place."""
+    shutil.copy2(path, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
 @pytest.mark.parametrize("prefetch", [0, 1])
-@pytest.mark.parametrize("harm", [remove, truncate, overwrite, damage])
+@pytest.mark.parametrize("harm", [remove, truncate, overwrite, damage, flip, replace])
 def test_a_program_that_goes_bad_in_mid_run(
     wide: list[pathlib.Path], tmp_path: pathlib.Path, harm: Callable[[pathlib.Path], None], prefetch: int
 ) -> None:
@@ -263,9 +282,14 @@ def test_a_program_that_goes_bad_in_mid_run(
         for _ in range(2):  # it may have been loaded between passes
             watched(lambda: native.run(True))
     assert harmed.name in str(caught.value) and "\n" not in str(caught.value)
-    harmed.write_bytes(keep)
+    assert (harm is remove) == ("changed since it was checked" not in str(caught.value))
+    harmed.write_bytes(keep)  # it is whole again
+    if harm is not remove:  # but nobody checked that
+        with pytest.raises(BundleError, match="changed since it was checked"):
+            watched(lambda: native.run(False))
+        native = _native.BlockLoader(blocks, prefetch, 27 << 20)
     native.set("x", x)
-    watched(lambda: native.run(False))  # it is whole again
+    watched(lambda: native.run(False))
     assert (native.get("x") == whole.get("x")).all()
 
 
@@ -291,6 +315,18 @@ def test_a_program_that_is_cut_short_while_it_is_loaded(tmp_path: pathlib.Path) 
     assert (native.get("x") == table(index).numpy()).all()
     truncate(path)
     with pytest.raises(BundleError, match=r"table\.pte' was cut short while it was in use"):
+        native.run(True)
+
+
+def test_a_program_that_changes_while_it_is_loaded(tmp_path: pathlib.Path) -> None:
+    """What is mapped is read when it is used."""
+    path, index = tmp_path / "table.pte", torch.tensor([3, 9000])
+    lower(torch.export.export(Table(), (index,)), path, {})
+    native = _native.BlockLoader([("table", str(path), -1, ["index"], ["x"])], 0, None)
+    native.set("index", index.numpy())
+    native.run(True)
+    flip(path)
+    with pytest.raises(BundleError, match=r"block 'table' \('.*table\.pte'\) changed since it was checked"):
         native.run(True)
 
 
