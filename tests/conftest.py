@@ -1,4 +1,4 @@
-"""What holds for every test: one thread a worker, no network, the smoke test first, and no quiet skip in CI."""
+"""What holds for every test: one thread a worker, no network, none hangs, the smoke test first, no quiet skip in CI."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+
+from tests.watchdog import pytest_runtest_protocol as pytest_runtest_protocol  # a hook
 
 if TYPE_CHECKING:
     from edgerun.devices.emulated_arm64 import EmulatedArm64Device

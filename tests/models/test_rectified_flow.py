@@ -11,15 +11,34 @@ import torch
 from edgerun import compare
 from edgerun.models import rectified_flow
 from edgerun.techniques.linear_proportional_leap import CosineLeap, FixedLeap
+from tests.models.small_stdit import FPS, PIXELS, SMALL, formula, random_model
 
 
-def test_times_of_open_sora() -> None:
-    """256 x 256 and 51 frames: ratio = 1/2 sqrt(15); t_i = ratio u / (1 + (ratio - 1) u), u = 1 - i/K."""
-    ratio = rectified_flow.shift_ratio((256, 256), 51)
-    assert ratio == pytest.approx(0.5 * math.sqrt(15), rel=1e-12)
-    times = rectified_flow.times(30, ratio)
+def open_sora_times(steps: int, height: int, width: int, frames: int, base: int = 512) -> list[float]:
+    """Open-Sora v1.2's timestep_transform of its evenly spaced times, written out; in 0..1 instead of 0..1000."""
+    latents = 1 if frames == 1 else frames // 17 * 5
+    ratio = math.sqrt(height * width / base**2) * math.sqrt(latents)
+    evenly = [1.0 - i / steps for i in range(steps)]
+    return [ratio * u / (1 + (ratio - 1) * u) for u in evenly]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "ratio"),
+    [
+        (256, 256, 51, math.sqrt(15) / 2),
+        (512, 512, 1, 1.0),
+        (144, 256, 51, 0.375 * math.sqrt(15)),  # sqrt(144 x 256) = 192
+        (240, 426, 68, math.sqrt(240 * 426 * 20) / 512),
+        (720, 1280, 102, math.sqrt(720 * 1280 * 30) / 512),
+        (1024, 1024, 1, 2.0),
+    ],
+)
+def test_all_times_of_open_sora(height: int, width: int, frames: int, ratio: float) -> None:
+    assert rectified_flow.shift_ratio((height, width), frames) == pytest.approx(ratio, rel=1e-12)
+    times = rectified_flow.times(30, rectified_flow.shift_ratio((height, width), frames))
+    expected = open_sora_times(30, height, width, frames)
     assert times[0] == 1.0 and len(times) == 30
-    assert times[15] == pytest.approx(ratio * 0.5 / (1 + (ratio - 1) * 0.5), rel=1e-12)
+    assert times == pytest.approx(expected, rel=1e-12)
     assert all(a > b for a, b in itertools.pairwise(times))
 
 
@@ -71,6 +90,43 @@ def test_guidance() -> None:
     with_prompt, without = torch.tensor([3.0]), torch.tensor([1.0])
     assert rectified_flow.guide(with_prompt, without, 7.0).item() == 15.0
     assert rectified_flow.guide(with_prompt, without, 1.0).item() == 3.0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.0, -2.5])
+def test_guidance_of_every_element(scale: float) -> None:
+    """The weighted sum scale * prompt + (1 - scale) * null, element by element."""
+    with_prompt, without = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    guided = rectified_flow.guide(with_prompt, without, scale)
+    assert guided.shape == with_prompt.shape and guided.dtype == torch.float64
+    expected = [scale * a + (1 - scale) * b for a, b in zip(with_prompt.flatten(), without.flatten(), strict=True)]
+    assert compare.relative_l2(guided.flatten(), expected) <= compare.tolerance("formula_fp64")
+
+
+def test_guided_steps_of_a_denoiser() -> None:
+    """Three steps of a small STDiT in float64 from noise to t = 0, against its formulas, the times' and Euler's."""
+    model, scale, pixels = random_model(), 7.0, PIXELS
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(SMALL.in_channels, 5, 5, 7, generator=generator, dtype=torch.float64)
+    caption = torch.randn(4, SMALL.caption_channels, generator=generator, dtype=torch.float64)
+    both = torch.stack([caption, model.null_caption(4)])
+    asked: list[float] = []
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        asked.append(t)
+        time, fps = (torch.full((2,), value, dtype=torch.float64) for value in (t, FPS))
+        return rectified_flow.guide(*model(torch.stack([x, x]), time, both, fps=fps, pixels=pixels), scale)
+
+    schedule = rectified_flow.times(3, rectified_flow.shift_ratio(pixels, 17, base=64))
+    done = rectified_flow.sample(velocity, noise, schedule)
+
+    x, null = noise.numpy(), model.state_dict()["y_embedder.y_embedding"][:4].numpy()
+    expected_times = open_sora_times(3, *pixels, frames=17, base=64)
+    for t, following in zip(expected_times, [*expected_times[1:], 0.0], strict=True):
+        with_prompt, without = formula(model, x, t, caption.numpy()), formula(model, x, t, null)
+        x = x + (without + scale * (with_prompt - without)) * (t - following)
+    assert asked == pytest.approx(expected_times, rel=1e-12) and done.evaluations == 3
+    assert compare.relative_l2(done.latents, x) <= compare.tolerance("formula_fp64")
+    assert compare.relative_l2(done.latents, noise) > 0.1
 
 
 def curved(x: torch.Tensor, t: float) -> torch.Tensor:

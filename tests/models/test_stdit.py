@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -11,21 +11,8 @@ import torch
 from edgerun import compare
 from edgerun.errors import CheckpointError
 from edgerun.models.stdit import Stdit, StditConfig, initialize, positions_2d
-from edgerun.techniques.temporal_token_merging import adjacent_groups, frame_merge
-
-Arrays = dict[str, np.ndarray]
-SMALL = StditConfig(
-    in_channels=3, hidden_size=24, depth=2, num_heads=3, caption_channels=10, model_max_length=7, input_sq_size=64
-)
-PIXELS, FPS = (40, 56), 24.0
-
-
-def random_model(config: StditConfig = SMALL) -> Stdit:
-    torch.manual_seed(0)
-    model = Stdit(config).double().eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape) * (0.3 if "norm" not in name else 0.2) + ("norm" in name))
-    return model
+from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS, adjacent_groups, frame_merge
+from tests.models.small_stdit import FPS, PIXELS, SMALL, formula, random_model, waves
 
 
 def inputs(frames: int = 5, height: int = 5, width: int = 7, batch: int = 2) -> tuple[torch.Tensor, ...]:
@@ -43,145 +30,17 @@ def run(model: Stdit, x: torch.Tensor, time: torch.Tensor, y: torch.Tensor, **mo
     return model(x, time, y, fps=fps, pixels=PIXELS, **more)
 
 
-# ---------------------------------------------------------------- the formulas, with loops over heads, frames and sites
-
-
-def linear(w: Arrays, name: str, x: np.ndarray) -> np.ndarray:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def layer_norm(x: np.ndarray) -> np.ndarray:
-    mean = x.mean(-1, keepdims=True)
-    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
-
-
-def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
-
-
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    scores = q @ k.T / math.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
-
-
-def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    size = x.shape[-1]
-    out = x.copy()
-    for pair in range(size // 2):
-        # The official buffer of frequencies is float32.
-        angle = positions * float(np.float32(10000.0 ** (-2 * pair / size)))
-        even, odd = x[:, 2 * pair], x[:, 2 * pair + 1]
-        out[:, 2 * pair] = even * np.cos(angle) - odd * np.sin(angle)
-        out[:, 2 * pair + 1] = odd * np.cos(angle) + even * np.sin(angle)
-    return out
-
-
-def self_attention(w: Arrays, name: str, rows: np.ndarray, heads: int, positions: np.ndarray | None) -> np.ndarray:
-    q, k, v = np.split(linear(w, f"{name}.qkv", rows), 3, axis=-1)
-    size, out = q.shape[-1] // heads, np.zeros_like(q)
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        a = rms_norm(q[:, part], w[f"{name}.q_norm.weight"])
-        b = rms_norm(k[:, part], w[f"{name}.k_norm.weight"])
-        if positions is not None:
-            a, b = rotate(a, positions), rotate(b, positions)
-        out[:, part] = attend(a, b, v[:, part])
-    return linear(w, f"{name}.proj", out)
-
-
-def block(w: Arrays, name: str, x: np.ndarray, y: np.ndarray, t6: np.ndarray, heads: int, temporal: bool) -> np.ndarray:
-    """One sample: x [T, S, C], y [M, C], t6 [6, C]."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = w[f"{name}.scale_shift_table"] + t6
-    inner, attended = layer_norm(x) * (1 + scale1) + shift1, np.zeros_like(x)
-    if temporal:
-        for site in range(x.shape[1]):
-            positions = np.arange(x.shape[0], dtype=np.float64)
-            attended[:, site] = self_attention(w, f"{name}.attn", inner[:, site], heads, positions)
-    else:
-        for frame in range(x.shape[0]):
-            attended[frame] = self_attention(w, f"{name}.attn", inner[frame], heads, None)
-    x = x + gate1 * attended
-    q = linear(w, f"{name}.cross_attn.q_linear", x)
-    k, v = np.split(linear(w, f"{name}.cross_attn.kv_linear", y), 2, axis=-1)
-    size, crossed = q.shape[-1] // heads, np.zeros_like(x)
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        for frame in range(x.shape[0]):
-            crossed[frame, :, part] = attend(q[frame, :, part], k[:, part], v[:, part])
-    x = x + linear(w, f"{name}.cross_attn.proj", crossed)
-    inner = layer_norm(x) * (1 + scale2) + shift2
-    return x + gate2 * linear(w, f"{name}.mlp.fc2", gelu(linear(w, f"{name}.mlp.fc1", inner)))
-
-
-def embedded(w: Arrays, name: str, value: float) -> np.ndarray:
-    frequencies = np.exp(-math.log(10000.0) * np.arange(128) / 128)
-    waves = np.concatenate([np.cos(value * frequencies), np.sin(value * frequencies)])
-    return linear(w, f"{name}.mlp.2", silu(linear(w, f"{name}.mlp.0", waves)))
-
-
-def position(row: int, column: int, rows: int, columns: int, channels: int) -> np.ndarray:
-    scale, base = math.sqrt(PIXELS[0] * PIXELS[1]) / SMALL.input_sq_size, round(math.sqrt(rows * columns))
-    frequencies = 10000.0 ** (-np.arange(channels // 4) / (channels // 4))
-    halves = []
-    for index, count in ((column, columns), (row, rows)):
-        angle = index / scale * base / count * frequencies
-        halves += [np.sin(angle), np.cos(angle)]
-    return np.concatenate(halves)
-
-
-def formula(model: Stdit, x: torch.Tensor, time: float, y: torch.Tensor) -> np.ndarray:
-    """One sample: x [C, T, H, W], y [M, caption channels] → velocity [C, T, H, W]."""
-    w = {name: value.double().numpy() for name, value in model.state_dict().items()}
-    config, latents = model.config, x.numpy()
-    channels, frames, height, width = latents.shape
-    rows, columns = -(-height // 2), -(-width // 2)
-    padded = np.zeros((channels, frames, 2 * rows, 2 * columns))
-    padded[:, :, :height, :width] = latents
-    tokens = np.zeros((frames, rows * columns, config.hidden_size))
-    for frame in range(frames):
-        for row in range(rows):
-            for column in range(columns):
-                patch = padded[:, frame, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-                token = np.einsum("ocij,cij->o", w["x_embedder.proj.weight"][:, :, 0], patch)
-                where = position(row, column, rows, columns, config.hidden_size)
-                tokens[frame, row * columns + column] = token + w["x_embedder.proj.bias"] + where
-    t = embedded(w, "t_embedder", 1000.0 * time) + embedded(w, "fps_embedder", FPS)
-    t6 = linear(w, "t_block.1", silu(t)).reshape(6, -1)
-    caption = linear(w, "y_embedder.y_proj.fc2", gelu(linear(w, "y_embedder.y_proj.fc1", y.numpy())))
-    for index in range(config.depth):
-        tokens = block(w, f"spatial_blocks.{index}", tokens, caption, t6, config.num_heads, temporal=False)
-        tokens = block(w, f"temporal_blocks.{index}", tokens, caption, t6, config.num_heads, temporal=True)
-    shift, scale = w["final_layer.scale_shift_table"] + t
-    out = linear(w, "final_layer.linear", layer_norm(tokens) * (1 + scale) + shift)
-    video = np.zeros((config.out_channels, frames, 2 * rows, 2 * columns))
-    for frame in range(frames):
-        for row in range(rows):
-            for column in range(columns):
-                patch = out[frame, row * columns + column].reshape(2, 2, config.out_channels)
-                video[:, frame, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patch.transpose(2, 0, 1)
-    return video[:channels, :, :height, :width]
-
-
 def test_the_model_is_its_formulas() -> None:
     model, (x, time, y) = random_model(), inputs()
     measured = run(model, x, time, y)
-    expected = np.stack([formula(model, x[i], float(time[i]), y[i]) for i in range(2)])
+    expected = np.stack([formula(model, x[i].numpy(), float(time[i]), y[i].numpy()) for i in range(2)])
     assert compare.relative_l2(measured.numpy(), expected) <= compare.tolerance("formula_fp64")
 
 
 @pytest.mark.parametrize(("height", "width", "frames"), [(1, 1, 1), (4, 6, 2), (5, 4, 1)])
 def test_other_sizes(height: int, width: int, frames: int) -> None:
     model, (x, time, y) = random_model(), inputs(frames, height, width, batch=1)
-    expected = formula(model, x[0], float(time[0]), y[0])
+    expected = formula(model, x[0].numpy(), float(time[0]), y[0].numpy())
     assert compare.relative_l2(run(model, x, time, y)[0].numpy(), expected) <= compare.tolerance("formula_fp64")
 
 
@@ -192,6 +51,23 @@ def test_masked_caption_tokens_do_not_count() -> None:
     masked = run(model, x, time, y, mask=mask)
     assert compare.relative_l2(masked.numpy(), short.numpy()) <= compare.tolerance("formula_fp64")
     assert compare.relative_l2(run(model, x, time, y).numpy(), short.numpy()) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_takes_the_waves_of_its_time_in_float32(dtype: torch.dtype) -> None:
+    """At 900 radians bfloat16 has steps of 4, float16 of 1/2: only the waves are rounded, for the layers after them."""
+    model, (x, _, y) = random_model().to(dtype), inputs()
+    taken: dict[str, torch.Tensor] = {}
+    for name in ("t_embedder", "fps_embedder"):
+        mlp = model.get_submodule(name).get_submodule("mlp")
+        mlp.register_forward_pre_hook(lambda _, given, name=name: taken.update({name: given[0]}))
+    time, fps = torch.tensor([0.3001, 0.9003]), torch.tensor([FPS, 59.94])
+    velocity = model(x.to(dtype), time, y.to(dtype), fps=fps, pixels=PIXELS)
+    assert velocity.dtype == torch.float32 and bool(velocity.isfinite().all())
+    for name, values in (("t_embedder", 1000.0 * time.double()), ("fps_embedder", fps.double())):
+        expected = np.stack([waves(float(value)) for value in values])
+        assert taken[name].dtype == dtype
+        assert compare.relative_l2(taken[name].float(), expected) <= compare.tolerance("op_fp16")
 
 
 # ---------------------------------------------------------------- the official layout
@@ -275,14 +151,27 @@ def test_positions_differ_between_rows_and_columns() -> None:
 # ---------------------------------------------------------------- with merged frames
 
 
+@pytest.mark.parametrize("frames", [1, 4, 5])
+@pytest.mark.parametrize("parts", [*({part} for part in PARTS), PAPER_PARTS, PARTS])
+def test_merged_frames_follow_the_formulas(frames: int, parts: Iterable[str]) -> None:
+    """Pairs, of an odd count after a first frame by itself; positions of their middles; replicated afterwards.
+
+    Attention feels differences of positions alone: the 1/2 shows where the count is odd.
+    """
+    model, (x, time, y), merged = random_model(), inputs(frames, batch=1), frozenset(parts)
+    measured = run(model, x, time, y, merge=frame_merge(adjacent_groups(frames), merged))
+    expected = formula(model, x[0].numpy(), float(time[0]), y[0].numpy(), merged)
+    assert compare.relative_l2(measured[0].numpy(), expected) <= compare.tolerance("formula_fp64")
+
+
 def test_groups_of_one_frame_change_nothing() -> None:
     model, (x, time, y) = random_model(), inputs()
-    alone = frame_merge([[i] for i in range(5)], frozenset({"spatial", "temporal", "cross", "mlp"}))
+    alone = frame_merge([[i] for i in range(5)], frozenset(PARTS))
     measured = run(model, x, time, y, merge=alone)
     assert compare.relative_l2(measured.numpy(), run(model, x, time, y).numpy()) <= compare.tolerance("op_fp32")
 
 
-@pytest.mark.parametrize("part", ["spatial", "temporal", "cross", "mlp"])
+@pytest.mark.parametrize("part", PARTS)
 def test_merging_equal_frames_changes_only_what_time_distinguishes(part: str) -> None:
     """Frames that are equal stay so, and all parts but the temporal one then compute what they would alone."""
     model, (x, time, y) = random_model(SMALL), inputs(frames=4)
@@ -293,7 +182,7 @@ def test_merging_equal_frames_changes_only_what_time_distinguishes(part: str) ->
     assert compare.relative_l2(merged.numpy(), run(model, x, time, y).numpy()) <= compare.tolerance("op_fp32")
 
 
-@pytest.mark.parametrize("part", ["spatial", "temporal", "cross", "mlp"])
+@pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_merged(part: str) -> None:
     model, (x, time, y) = random_model(), inputs()
     merged = run(model, x, time, y, merge=frame_merge(adjacent_groups(5), frozenset({part})))

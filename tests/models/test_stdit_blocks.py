@@ -17,6 +17,7 @@ from tests.models import tiny_video_checkpoint
 from tests.models.tiny_video_checkpoint import DENOISER, filled
 
 LATENT, PIXELS, TOKENS = (5, 5, 7), (40, 56), 4
+WAVES = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
 
 
 def model_of(config: StditConfig = DENOISER) -> Stdit:
@@ -68,6 +69,15 @@ def test_without_normalised_queries_and_other_patches() -> None:
     assert_same(chained(model, values), whole(model, values))
 
 
+def merge_inputs(parts: frozenset[str]) -> dict[str, torch.Tensor]:
+    """What a chain that merges the frames of LATENT in pairs is given beside; nothing where it merges in no part."""
+    if not parts:
+        return {}
+    merge, head_size = frame_merge(adjacent_groups(LATENT[0]), parts), DENOISER.head_size
+    cosines, sines = rotary_angles(merge.positions, 10000.0 ** (-torch.arange(0, head_size, 2) / head_size))
+    return {"merge": merge.merge, "unmerge": merge.unmerge, "cosines": cosines, "sines": sines}
+
+
 @pytest.mark.parametrize("parts", [{"spatial"}, {"temporal"}, {"cross"}, {"mlp"}, set(PARTS)])
 def test_merged_frames(parts: set[str]) -> None:
     model, values = model_of(), inputs()
@@ -76,6 +86,34 @@ def test_merged_frames(parts: set[str]) -> None:
         cosines, sines = rotary_angles(merge.positions, model.rope.freqs)
         given = values | {"merge": merge.merge, "unmerge": merge.unmerge, "cosines": cosines, "sines": sines}
         assert_same(chained(model, given, merge_parts=frozenset(parts)), whole(model, values, merge))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("head", set()), ("pairs_0", set()), ("pairs_0", set(PARTS)), ("tail", set())]
+)
+def test_an_exported_block_holds_what_a_device_can_run(name: str, parts: set[str]) -> None:
+    """Of a checkpoint in bfloat16: float32 throughout, at most five dimensions, one convolution, of pictures."""
+    config = dataclasses.replace(DENOISER, depth=1)
+    weights = {name: value.bfloat16() for name, value in model_of(config).state_dict().items()}
+    with torch.device("meta"):
+        model = Stdit(config)
+    values = inputs() | merge_inputs(frozenset(parts))
+    with torch.no_grad():
+        for block in denoiser_blocks(model, LATENT, PIXELS, merge_parts=frozenset(parts), weights=weights):
+            arguments = tuple(values[one] for one in block.inputs)
+            if block.name == name:
+                break
+            results = block.module(*arguments)
+            values |= dict(zip(block.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+        program = torch.export.export(block.module, arguments, strict=False).run_decompositions()
+    nodes = [node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert max(node.meta["val"].dim() for node in nodes) <= 5
+    dtypes = {node.meta["val"].dtype for node in nodes}
+    assert {dtype for dtype in dtypes if dtype.is_floating_point} == {torch.float32}
+    convolved = [node.all_input_nodes[1].meta["val"].dim() for node in nodes if "conv" in str(node.target)]
+    assert convolved == ([4] if name == "head" else [])  # dimensions of their weights
+    # Cosines and sines of the time and of the frames per second; a pair has those of its positions from outside.
+    assert sum(node.target in WAVES for node in nodes) == (4 if name == "head" else 0)
 
 
 def test_weights_come_from_the_file_block_by_block(tmp_path: pathlib.Path) -> None:
