@@ -65,8 +65,9 @@ arm64: set-up  ## cross-build the runner for arm64 Linux into build-arm64/, wher
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(BIN)/python cmake/build_arm64.py --jobs $(JOBS); \
 	  else echo "note: no aarch64-linux-gnu-g++ here, so the arm64 build is left out (make packages)"; fi
 
-demo: set-up arm64  ## export the shipped model dense and sparse, answer a long prompt on two devices, write demo_output/
+demo: set-up arm64  ## the shipped models: a long prompt answered on two devices, clips of captions; into demo_output/
 	$(BIN)/edgerun demo --output demo_output
+	$(BIN)/edgerun demo video --output demo_output/video
 
 test: set-up arm64  ## every test but the slow ones; 15 minutes at most with set-up on two cores
 	$(ONE_THREAD) $(PYTEST) -m "not slow" tests

@@ -27,7 +27,8 @@ VERBS = ("demo", "calibrate", "export", "run", "validate", "bench", "eval", "ins
 _EPILOG = """\
 begin with
   edgerun doctor                                        is everything there?
-  edgerun demo                                          the whole way on the model that ships, in a few minutes
+  edgerun demo                                          the whole way on a model that ships, in a few minutes
+  edgerun demo video                                    captions become clips, plain and with every technique
   edgerun export zoo:text -o text.edgerun               a checkpoint becomes a bundle
   edgerun run text.edgerun --prompt "def main():"       the bundle writes on
   edgerun validate text.edgerun                         does it compute what its model computes?

@@ -13,6 +13,7 @@ import pytest
 from edgerun import cli
 from edgerun.commands import demo_video
 from edgerun.commands.demo_video import PLAIN, REFERENCE, STREAMED, TOGETHER, Made
+from edgerun.errors import EdgerunError
 from edgerun.evaluation import clips
 from edgerun.models import rectified_flow
 from edgerun.sessions.video import Leap
@@ -83,12 +84,23 @@ def test_options_of_the_text_demo_are_refused(capsys: pytest.CaptureFixture[str]
     assert "--no-device are of the text demo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("given", "said"), [(["video"], "no video model ships yet"), (["--checkpoint", "x"], "is of the video demo")]
-)
-def test_a_checkpoint_is_of_the_video_demo(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", *given]) == 2
-    assert said in capsys.readouterr().err
+@pytest.mark.parametrize(("given", "model"), [([], "zoo:video"), (["--checkpoint", "a folder"], "a folder")])
+def test_the_model_that_ships_unless_another_is_given(
+    given: list[str], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def demonstrate(output: pathlib.Path, exporter: Any, model: str, *, command: str) -> None:
+        asked.append(model)
+        raise EdgerunError("enough")
+
+    monkeypatch.setattr(demo_video, "demonstrate", demonstrate)
+    assert cli.main(["demo", "video", *given]) == 2 and asked == [model]
+
+
+def test_a_checkpoint_is_of_the_video_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--checkpoint", "x"]) == 2
+    assert "is of the video demo" in capsys.readouterr().err
 
 
 def test_a_file_where_the_folder_would_be_is_refused(

@@ -69,6 +69,7 @@ def test_wheel_holds_package_exporter_and_native_parts(wheel: pathlib.Path) -> N
         "edgerun/cli.py",
         "edgerun/export/pipeline.py",
         "edgerun/zoo/text/model.safetensors",
+        "edgerun/zoo/video/denoiser/model.safetensors",
         "edgerun/bin/edgerun-runner",
         "edgerun/py.typed",
     ):

@@ -1,14 +1,14 @@
 """The whole way on a small model, in minutes on two cores.
 
 text: export the model that ships dense and sparse, answer a long prompt on two devices, compare.
-video: make clips of captions, plain and with each technique alone and all together, side by side. No video model ships
-yet: pass --checkpoint, of the kind that bench/train_zoo_video.py makes.
+video: export the video model that ships, make clips of captions, plain and with each technique alone and all together,
+side by side.
 
 Writes the bundles, report.json and report.html (open it in a browser) to --output; video writes its clips there too.
 
 examples
   edgerun demo
-  edgerun demo video --checkpoint FOLDER
+  edgerun demo video
   edgerun demo --output /tmp/demo --no-device        without the emulated arm64 device
 """
 
@@ -46,7 +46,7 @@ from edgerun.report import Cell, Check, Column, Report, Table, write_json, write
 from edgerun.report_html import write_html
 
 SUMMARY = "the whole way on a small model, in a few minutes"
-MODEL = "zoo:text"
+MODEL, VIDEO_MODEL = "zoo:text", "zoo:video"
 RECIPES = {
     "dense": Recipe(attention="dense"),
     "dhsa": Recipe(attention="dhsa", dhsa=DhsaOptions(budget=1024)),
@@ -85,7 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help=f"default: {_OUTPUTS['text']}, of video {_OUTPUTS['video']}",
     )
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="video: the model")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help=f"video: another model, made by bench/train_zoo_video.py; default: {VIDEO_MODEL}",
+    )
     parser.add_argument("--device", metavar="D", help=f"text: the second one; default: {SECOND_DEVICE}")
     parser.add_argument("--no-device", action="store_true", help="text: this machine only")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
@@ -97,9 +101,8 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     if arguments.what == "video":
         if arguments.device is not None or arguments.no_device:
             raise EdgerunError("--device and --no-device are of the text demo: leave them out with video")
-        if arguments.checkpoint is None:
-            raise EdgerunError("no video model ships yet: pass --checkpoint FOLDER, made by bench/train_zoo_video.py")
-        report = demo_video.demonstrate(output, tools.exporter(), arguments.checkpoint, command=tools.command)
+        model = arguments.checkpoint or VIDEO_MODEL
+        report = demo_video.demonstrate(output, tools.exporter(), model, command=tools.command)
         following = f'{shlex.quote(str(output / demo_video.BUNDLE))} --prompt "a blue star turns clockwise" -o clip.mp4'
     else:
         if arguments.checkpoint is not None:

@@ -61,7 +61,7 @@ _RADIUS = ((0.100, 0.120), (0.145, 0.170))  # of a disc of the shape's area, in 
 _DISTANCE = ((0.17, 0.25), (0.36, 0.60))  # moves: in sides of the frame, over the clip; cut where the way ends
 _BEFORE_WALL = (0.40, 0.70)  # bounces: way to the first wall, in ways from wall to wall
 _AFTER_WALL = ((0.45, 0.90), (1.25, 1.60))  # bounces: way after it; quickly turns back twice
-_ROTATION = ((80.0, 120.0), (200.0, 280.0))  # turns: degrees over the clip; a star looks the same after 72
+_ROTATION = ((80.0, 120.0), (150.0, 210.0))  # turns: degrees over the clip; a star looks the same after 72
 _TILT = 10.0  # degrees to either side, of a shape that does not turn
 _MARGIN = 1.0  # pixels between shape and edge of the frame
 
@@ -468,7 +468,8 @@ def _animate(
     position = torch.where(vertical[:, None, None], torch.stack((other, main), -1), torch.stack((main, other), -1))
 
     turned = torch.deg2rad(in_range(table(_ROTATION)[speed]))[:, None] * time
-    turned = between(-math.pi, math.pi)[:, None] + torch.where(backwards[:, None], -turned, turned)
+    half_period = math.pi / table([max(1, symmetry) for symmetry in SYMMETRY.values()])[shape]
+    turned = between(-half_period, half_period)[:, None] + torch.where(backwards[:, None], -turned, turned)
     tilt = math.radians(_TILT)
     angle = torch.where(is_turn[:, None], turned, between(-tilt, tilt)[:, None].expand(-1, frames))
     return ClipBatch(colour, shape, motion, background, size, speed, radius, position, angle, height, width)

@@ -18,7 +18,7 @@ TOKENIZER = Tokenizer.from_file(str(TEXT / "tokenizer.json"))
 
 def test_unknown_name_says_what_there_is() -> None:
     assert "text" in zoo_model_names()
-    with pytest.raises(ValueError, match="no zoo model is named 'txt'; there is text"):
+    with pytest.raises(ValueError, match="no zoo model is named 'txt'; there is text, video"):
         zoo_model_path("txt")
 
 
