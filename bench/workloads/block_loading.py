@@ -3,19 +3,19 @@
     python bench/workloads/block_loading.py --work FOLDER
 
 A chain of random programs (12 of 40 MB) runs again and again on one thread, its files evicted from the page cache
-before every pass. For each number of tokens, which sets how long a block executes, three candidates do the same work
-in turn: one block after another (`prefetch_0`), and with 1 and 2 blocks loaded ahead, within a budget that keeps d
-blocks in memory. Before a row is timed, all must give the same answer bit for bit. What is reported:
+before every pass, which counts as the pass's time. For each number of tokens, which sets how long a block executes,
+three candidates do the same work in turn: one block after another (`prefetch_0`), and with 1 and 2 blocks loaded ahead,
+within a budget that keeps d blocks in memory. Before a row is timed, all must give the same answer bit for bit.
+Reported are the hidden share h, of loads alone and with what unloading costs, and the milliseconds gained a pass
+against the formula for them (streaming_formula.py), with l and e of one block as the row's `prefetch_0` has them.
 
-    h = (sum of loads + sum of executions - wall) / min(sum of loads, sum of executions)      hidden share
-    r = b min(l, e) + d max(0, l - e) - alpha (1 - d / b)                                     milliseconds gained a pass
+Alpha, what loading and executing take from each other, is solved from the row without resident blocks (d = 0), which
+therefore checks nothing of the formula. Rows with resident blocks take it from there: the formula predicts, and fails
+where the prediction is off by more than 0.15 of a pass in turn.
 
-with l and e of one block as `prefetch_0` has them without resident blocks (a load counts with what unloading costs),
-and alpha, what loading and executing take from each other, from the same row (arXiv 2502.04363 section 3.3). A row
-with resident blocks takes alpha from the row without, so there the formula predicts and can fail.
-
-The exit status is 1 unless h is at least 0.7 in a row whose load and execute differ by at most 2 times, and below 0.1
-in every row without prefetch.
+The exit status is 1 unless that holds, h is at least 0.7 in a row whose load and execute differ by at most 2 times, and
+h is below 0.1 in every row without prefetch; a table says which. Nothing is measured where the folder's files stay in
+the page cache, as on tmpfs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from bench.harness import RESULTS, Candidate, Effort, ResultFile, Row, measure
+from bench.workloads.checks import Check, bounded, require
+from bench.workloads.page_cache import cached_bytes, evict
+from bench.workloads.streaming_formula import gain_ms, hidden_share, solve_alpha_ms
 from edgerun import _native
 from edgerun.errors import EdgerunError, ParityError
 
@@ -42,8 +45,10 @@ WIDTH = 1024
 MAX_TOKENS = 512
 PREFETCH = (0, 1, 2)
 RATIOS = (1.0, 2.0, 0.5)  # of load to execute, roughly; the number of tokens is chosen for it
-ROOM = 1.02  # of the bytes that a budget must have
+SPARE_BLOCKS = 0.5  # that a budget has room for: what activations take is measured, and not the same each time
 HIDDEN_AT_LEAST, HIDDEN_IN_TURN_BELOW = 0.7, 0.1
+FORMULA_WITHIN = 0.15  # of a pass in turn
+CACHED_SHARE = 0.05  # of the files' bytes, more than which must not be left after evicting them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +91,6 @@ def make_chain(plan: Plan, work: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def evict(paths: list[pathlib.Path]) -> None:
-    """Take the files out of the page cache."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fdatasync(descriptor)  # pages that are not on the disk yet would stay
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 class Runner:
     """One candidate: the chain with so many blocks ahead. Every sample is some passes, and their sums."""
 
@@ -102,7 +98,7 @@ class Runner:
         self.plan, self.paths, self.x = plan, paths, x
         programs = [(path.stem, str(path), path.stat().st_size, ["x"], ["x"]) for path in paths]
         self.loader = _native.BlockLoader(programs, prefetch, budget, threads=1)
-        self.samples: list[dict[str, float]] = []
+        self.samples: list[dict[str, Any]] = []
         self.loader.set("x", x)
         assumed = self.loader.activation_bytes
         self.loader.run(True)  # measures the blocks
@@ -112,6 +108,10 @@ class Runner:
 
     def __call__(self) -> None:
         before = len(self.loader.passes())
+        evict(self.paths)
+        cached = cached_bytes(self.paths) / sum(path.stat().st_size for path in self.paths)
+        if cached > CACHED_SHARE:
+            raise EdgerunError(f"the page cache keeps {cached:.2f} of the files: give --work on a disk, not in memory")
         start = time.perf_counter()
         for _ in range(self.plan.passes):
             evict(self.paths)
@@ -123,15 +123,18 @@ class Runner:
             used = self.loader.used_bytes
             time.sleep(0.2)
         passes = self.loader.passes()[before:]
-        load = sum(one["load_ms"] + one["unload_ms"] for one in passes)
-        execute = sum(one["execute_ms"] for one in passes)
+        sums = {name: sum(one[f"{name}_ms"] for one in passes) for name in ("load", "unload", "execute")}
+        load, unload, execute = sums.values()
         self.samples.append(
             {
                 "load_ms": load / self.plan.passes,
+                "unload_ms": unload / self.plan.passes,
                 "execute_ms": execute / self.plan.passes,
                 "wall_ms": wall / self.plan.passes,
                 "loads": sum(one["loads"] for one in passes) / self.plan.passes,
-                "hidden_share": (load + execute - wall) / min(load, execute),
+                "hidden_share": hidden_share(load, execute, wall),
+                "hidden_share_with_unload": hidden_share(load + unload, execute, wall),
+                "cached_share_before": cached,
             }
         )
         middle = {name: statistics.median(one[name] for one in self.samples) for name in self.samples[0]}
@@ -140,7 +143,7 @@ class Runner:
             "resident_blocks": last["resident_blocks"],
             "prefetch": last["prefetch"],
             "peak_bytes": max(one["peak_bytes"] for one in self.loader.passes()),
-            "load_of_a_block_ms": middle["load_ms"] / middle["loads"],
+            "load_of_a_block_ms": (middle["load_ms"] + middle["unload_ms"]) / middle["loads"],
             "execute_of_a_block_ms": middle["execute_ms"] / self.plan.blocks,
             "a_pass": middle,
             "samples": self.samples,
@@ -151,7 +154,7 @@ def budget_of(plan: Plan, costs: list[dict[str, Any]], activation: int, resident
     """Bytes that keep `resident` blocks and let the others stream with `prefetch` of them ahead."""
     loaded = max(one["loaded_bytes"] for one in costs)
     loading = max(one["loading_bytes"] for one in costs)
-    return int(ROOM * (resident * loaded + prefetch * (loaded + activation) + loading + activation))
+    return int((resident + SPARE_BLOCKS) * loaded + prefetch * (loaded + activation) + loading + activation)
 
 
 def measure_row(plan: Plan, paths: list[pathlib.Path], key: Row, alpha_ms: dict[str, float]) -> Row:
@@ -171,7 +174,8 @@ def measure_row(plan: Plan, paths: list[pathlib.Path], key: Row, alpha_ms: dict[
         runner()  # warms up
         runner.samples.clear()
         if runner.facts["resident_blocks"] != resident or runner.facts["prefetch"] != prefetch:
-            raise EdgerunError(f"the budget keeps {runner.facts['resident_blocks']} blocks, {resident} were meant")
+            kept = f"{runner.facts['resident_blocks']} blocks and loads {runner.facts['prefetch']} ahead"
+            raise EdgerunError(f"the budget keeps {kept}; {resident} and {prefetch} were meant: give more --blocks")
     load = os.getloadavg()[0]
     candidates = [Candidate(f"prefetch_{prefetch}", runner, runner.facts) for prefetch, runner in runners.items()]
     measured = measure(candidates, Effort(repeats=plan.repeats, row_seconds=90))
@@ -181,12 +185,16 @@ def measure_row(plan: Plan, paths: list[pathlib.Path], key: Row, alpha_ms: dict[
     in_turn = blocks * (l_ms + e_ms)
     for one in measured[1:]:
         gained = in_turn - one["a_pass"]["wall_ms"]
+        one["gained_ms"] = gained
         if resident == 0:
-            alpha_ms[f"{at}/{one['name']}"] = blocks * min(l_ms, e_ms) - gained
-        alpha = alpha_ms[f"{at}/{one['name']}"]
-        formula = blocks * min(l_ms, e_ms) + resident * max(0.0, l_ms - e_ms) - alpha * (1 - resident / blocks)
-        one |= {"gained_ms": gained, "alpha_ms": alpha, "formula_ms": formula}
-    shares = {"load_over_execute": l_ms / e_ms, "in_turn_ms": in_turn}
+            alpha_ms[f"{at}/{one['name']}"] = solve_alpha_ms(blocks, resident, l_ms, e_ms, gained)
+        one["alpha_ms"] = alpha_ms[f"{at}/{one['name']}"]
+        if resident > 0:
+            one["formula_ms"] = gain_ms(blocks, resident, l_ms, e_ms, one["alpha_ms"])
+            one["formula_off_share"] = abs(gained - one["formula_ms"]) / in_turn
+    a_pass = alone["a_pass"]
+    ratio = a_pass["load_ms"] / a_pass["loads"] / e_ms
+    shares = {"load_over_execute": ratio, "in_turn_ms": in_turn}
     return {**key, **shares, "load_average_at_start": load, "candidates": measured}
 
 
@@ -208,8 +216,8 @@ def run(plan: Plan, work: pathlib.Path, results: ResultFile, tokens: list[int]) 
     for row in results.rows:
         if row["resident"] == 0:
             alpha_ms |= {f"{row['tokens']}/{one['name']}": one["alpha_ms"] for one in row["candidates"][1:]}
-    for resident in (0, plan.blocks // 2):
-        for number in numbers:
+    for number in numbers:
+        for resident in (0, plan.blocks // 2):  # in turn with the row that alpha is from
             key = {"kind": "block_loading", "tokens": number, "resident": resident}
             row = results.find(key)
             if row is None:
@@ -225,43 +233,41 @@ def lines(row: Row) -> list[str]:
         f"{row['load_over_execute']:.2f} times an execution, one after another {row['in_turn_ms']:.0f} ms a pass"
     ]
     for one in row["candidates"]:
-        formula = (
-            ""
-            if "formula_ms" not in one
-            else (
-                f", gains {one['gained_ms']:6.1f} ms, formula {one['formula_ms']:6.1f} (alpha {one['alpha_ms']:6.1f})"
-            )
-        )
+        formula = ""
+        if "alpha_ms" in one:
+            formula = f", gains {one['gained_ms']:6.1f} ms, alpha {one['alpha_ms']:6.1f}"
+        if "formula_ms" in one:
+            formula += f", formula {one['formula_ms']:6.1f}: off by {one['formula_off_share']:.2f} of a pass in turn"
+        a_pass = one["a_pass"]
         text.append(
             f"  {one['name']}  l {one['load_of_a_block_ms']:6.1f}  e {one['execute_of_a_block_ms']:6.1f}  "
-            f"pass {one['a_pass']['wall_ms']:7.1f} ms  h {one['a_pass']['hidden_share']:5.2f}  "
+            f"pass {a_pass['wall_ms']:7.1f} ms  h {a_pass['hidden_share']:5.2f} "
+            f"({a_pass['hidden_share_with_unload']:5.2f} with unloading)  "
             f"peak {one['peak_bytes'] / 2**20:4.0f} MiB{formula}"
         )
     return text
 
 
-def shortfalls(rows: list[Row]) -> list[str]:
-    """What of the gates does not hold, a line each."""
+def checks(rows: list[Row]) -> list[Check]:
+    """What must hold of the rows."""
     ahead: list[float] = []
-    in_turn: list[float] = []
+    found: list[Check] = []
     for row in rows:
-        even = 0.5 <= row["load_over_execute"] <= 2.0
+        name = f"{row['tokens']} tokens, {row['resident']} resident"
         for one in row["candidates"]:
             hidden = one["a_pass"]["hidden_share"]
             if one["name"] == "prefetch_0":
-                in_turn.append(hidden)
-            elif even and row["resident"] == 0:
+                found.append(bounded(f"{name}, prefetch_0: h", hidden, "<", HIDDEN_IN_TURN_BELOW))
+                continue
+            if row["resident"] > 0:
+                off = one["formula_off_share"]
+                found.append(bounded(f"{name}, {one['name']}: formula off by", off, "<=", FORMULA_WITHIN))
+            elif 0.5 <= row["load_over_execute"] <= 2.0:
                 ahead.append(hidden)
-    found = []
-    if not ahead:
-        found.append("in no row does a load take 0.5 to 2 executions: choose other --tokens")
-    elif max(ahead) < HIDDEN_AT_LEAST:
-        found.append(
-            f"at most {max(ahead):.2f} is hidden where a load takes 0.5 to 2 executions, not {HIDDEN_AT_LEAST}"
-        )
-    if max(in_turn) >= HIDDEN_IN_TURN_BELOW:
-        found.append(f"without prefetch {max(in_turn):.2f} is hidden, which cannot be: the clock is wrong")
-    return found
+    best = bounded("h where a load takes 0.5 to 2 executions", max(ahead, default=None), ">=", HIDDEN_AT_LEAST)
+    if not any(row["resident"] > 0 for row in rows):
+        found.append(Check("rows with resident blocks", "none", "at least one", False))
+    return [best, *found]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -284,8 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     except EdgerunError as error:
         sys.exit(f"error: {error}")
     print(f"\nwrote {values.output}")
-    if short := shortfalls(results.rows):
-        sys.exit("\n".join(short))
+    require(checks(results.rows))
 
 
 if __name__ == "__main__":
