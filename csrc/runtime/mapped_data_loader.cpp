@@ -22,19 +22,23 @@ constexpr size_t kCopiedBytes = size_t{1} << 20;
 }  // namespace
 
 Status MappedDataLoader::open(const std::string& path, int64_t bytes, std::unique_ptr<MappedDataLoader>* loader) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  struct Closing {  // also where the thread ends, or memory does, before the loader is made
+    int descriptor;
+    ~Closing() {
+      if (descriptor >= 0) close(descriptor);
+    }
+  } opened = {::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
   struct stat facts = {};
-  if (descriptor < 0 || fstat(descriptor, &facts) != 0) {
+  if (opened.descriptor < 0 || fstat(opened.descriptor, &facts) != 0) {
     const std::string reason = std::strerror(errno);
-    if (descriptor >= 0) close(descriptor);
     return Status(StatusCode::kNotFound, "'" + path + "' cannot be read (" + reason + "): copy the whole bundle again");
   }
   if (bytes >= 0 && facts.st_size != bytes) {
-    close(descriptor);
     return Status(StatusCode::kCorrupt, "'" + path + "' has " + std::to_string(facts.st_size) + " bytes, not the " +
                                             std::to_string(bytes) + " that it must have: copy the bundle again");
   }
-  loader->reset(new MappedDataLoader(descriptor, static_cast<size_t>(facts.st_size)));
+  loader->reset(new MappedDataLoader(opened.descriptor, static_cast<size_t>(facts.st_size)));
+  opened.descriptor = -1;
   return Status();
 }
 
