@@ -38,10 +38,10 @@ _XXL = {"num_layers": 24, "num_heads": 64, "d_ff": 10240, "vocab_size": 32128}
 MODELS = {
     model.name: model
     for model in (
-        Model("denoiser", "10 GB of disk, 40 minutes on two cores", StditConfig(), _TINY_TEXT, torch.float32, "none"),
+        Model("denoiser", "10 GB of disk, 60 minutes on two cores", StditConfig(), _TINY_TEXT, torch.float32, "none"),
         Model(
             "text_encoder",
-            "15 GB of disk, 40 minutes on two cores",
+            "15 GB of disk, 30 minutes on two cores",
             StditConfig(hidden_size=32, depth=1, num_heads=2),
             _XXL,
             torch.bfloat16,
