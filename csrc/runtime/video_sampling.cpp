@@ -112,7 +112,6 @@ bool LeapRule::observe(double time, std::span<const float> velocity) {
 }
 
 void LeapRule::set_state(State state) {
-  left_ = state.left;
   stale_ = state.stale;
   best_ = state.best;
   previous_ = std::move(state.previous);

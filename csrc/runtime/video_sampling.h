@@ -32,7 +32,9 @@ void to_pixels(std::span<const float> frames, uint8_t* target);
 // edgerun/techniques/linear_proportional_leap.py). It serves one sample; its state can be kept and set.
 class LeapRule {
  public:
-  explicit LeapRule(const LeapOptions& options) : options_(options), left_(options.evaluations) {}
+  // evaluations: that the sample had before, also by a run with another rule.
+  explicit LeapRule(const LeapOptions& options, int64_t evaluations = 0)
+      : options_(options), left_(options.evaluations - evaluations) {}
 
   // Takes note of a velocity that was evaluated at `time`; true: leap.
   bool observe(double time, std::span<const float> velocity);
@@ -40,11 +42,11 @@ class LeapRule {
   bool leaps_next() const { return options_.kind == LeapKind::kFixed && left_ <= 1; }
 
   struct State {
-    int64_t left = 0, stale = 0;
+    int64_t stale = 0;
     double best = -1.0;
     std::vector<float> previous;  // the cosine rule's last velocity
   };
-  State state() const { return {left_, stale_, best_, previous_}; }
+  State state() const { return {stale_, best_, previous_}; }
   void set_state(State state);
 
  private:

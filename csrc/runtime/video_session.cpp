@@ -405,10 +405,10 @@ Status VideoSession::generate_running(std::span<const int64_t> tokens, const Vid
   for (Stage& stage : stages_) stage = Stage();
   has_state_ = false;
   next_step_ = evaluations_ = 0;
-  rule_.emplace(chosen.leap);
   if (!run.state.empty()) {
-    if (Status status = restore(run.state, chosen.times.size()); !status.ok()) return status;
+    if (Status status = restore(run.state, chosen); !status.ok()) return status;
   } else {
+    rule_.emplace(chosen.leap);
     if (Status status = encode(tokens, run); !status.ok()) return status;
     x_.resize(elements);
     run.noise.empty() ? fill_noise(run.seed, x_) : (void)std::copy(run.noise.begin(), run.noise.end(), x_.begin());
@@ -437,7 +437,8 @@ std::vector<uint8_t> VideoSession::state() const {
                      std::vector<float>(y_.floats(), y_.floats() + y_.bytes() / 4), rule_->state()});
 }
 
-Status VideoSession::restore(std::span<const uint8_t> bytes, size_t steps) {
+Status VideoSession::restore(std::span<const uint8_t> bytes, const Settings& settings) {
+  const size_t steps = settings.times.size();
   VideoState state;
   if (Status status = unpack_state(bytes, &state); !status.ok()) return status;
   if (state.build != bundle_.build || state.x.size() != static_cast<size_t>(bundle_.latent_elements())) {
@@ -453,6 +454,7 @@ Status VideoSession::restore(std::span<const uint8_t> bytes, size_t steps) {
   x_ = std::move(state.x);
   y_.resize(ElementType::kFloat32, state.y_sizes);
   std::memcpy(y_.data.get(), state.y.data(), state.y.size() * sizeof(float));
+  rule_.emplace(settings.leap, evaluations_);
   rule_->set_state(std::move(state.leap));
   return Status();
 }

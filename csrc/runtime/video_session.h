@@ -108,7 +108,7 @@ class VideoSession {
                     int64_t* limit_bytes);
   Status budget(int64_t reserve_bytes, int64_t* bytes) const;
   Status of_limit(const Part& part, int64_t budget_bytes, Status status) const;
-  Status restore(std::span<const uint8_t> state, size_t steps);
+  Status restore(std::span<const uint8_t> state, const Settings& settings);
   Status progress(const VideoRun& run, VideoStage stage, int64_t done, int64_t total, double time) const;
   Status encode(std::span<const int64_t> tokens, const VideoRun& run);
   Status denoise(const VideoRun& run, const Settings& settings);

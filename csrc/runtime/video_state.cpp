@@ -7,7 +7,7 @@ namespace edgerun {
 namespace {
 
 constexpr char kMagic[] = "EDGERUNV";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 class Packer {
  public:
@@ -69,7 +69,6 @@ std::vector<uint8_t> pack_state(const VideoState& state) {
   packer.list(state.x);
   packer.list(state.y_sizes);
   packer.list(state.y);
-  packer.number(state.leap.left);
   packer.number(state.leap.stale);
   packer.number(state.leap.best);
   packer.list(state.leap.previous);
@@ -91,7 +90,6 @@ Status unpack_state(std::span<const uint8_t> bytes, VideoState* state) {
   unpacker.list(&state->x);
   unpacker.list(&state->y_sizes);
   unpacker.list(&state->y);
-  unpacker.number(&state->leap.left);
   unpacker.number(&state->leap.stale);
   unpacker.number(&state->leap.best);
   unpacker.list(&state->leap.previous);
@@ -100,7 +98,7 @@ Status unpack_state(std::span<const uint8_t> bytes, VideoState* state) {
                       sizes[1] <= static_cast<int64_t>(state->y.size()) &&
                       static_cast<size_t>(sizes[1] * sizes[2]) == state->y.size() && sizes[2] <= (int64_t{1} << 32);
   const bool leaps = state->leap.previous.empty() || state->leap.previous.size() == state->x.size();
-  if (unpacker.done() && shaped && leaps && state->next_step >= 0) return Status();
+  if (unpacker.done() && shaped && leaps && state->next_step >= 0 && state->evaluations >= 0) return Status();
   return Status(StatusCode::kInvalidArgument, "the saved state is damaged: start the run again");
 }
 

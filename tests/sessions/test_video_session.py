@@ -206,6 +206,22 @@ def test_a_cancelled_run_goes_on_to_the_same_bits(
     assert "encode" not in {one.stage for one in told}
 
 
+@pytest.mark.parametrize("first", [Leap("none"), Leap("fixed", 2), Leap("fixed", 6), Leap("cosine")])
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_run_that_goes_on_leaps_by_its_own_rule(session: VideoSession, first: Leap, done: int) -> None:
+    """Not by what was left of the evaluations of the run that it goes on from."""
+    expected = session.generate(PROMPT, seed=7, leap=Leap("fixed", 3), decode=False)
+
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.done) == ("denoise", done):
+            session.cancel()
+
+    assert session.generate(PROMPT, seed=7, leap=first, on_progress=stop).cancelled
+    clip = session.generate([], leap=Leap("fixed", 3), state=session.state, decode=False)
+    assert clip.evaluations == expected.evaluations == 3
+    assert (clip.latents == expected.latents).all()
+
+
 def test_damaged_states_are_refused(session: VideoSession) -> None:
     session.generate(PROMPT, seed=7, decode=False)
     whole = session.state
@@ -214,7 +230,7 @@ def test_damaged_states_are_refused(session: VideoSession) -> None:
         whole[:-1],
         whole + b"\0",
         whole[:40],
-        whole[:8] + b"\2" + whole[9:],
+        whole[:8] + b"\1" + whole[9:],
         b"EDGERUNV",
     ):
         with pytest.raises(EdgerunError, match="saved state"):
