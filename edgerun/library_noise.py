@@ -13,5 +13,6 @@ def quiet_libraries() -> None:
     """Silence warnings of the libraries below; errors are still said. For a process that a verb owns."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ import torch
 
 from edgerun.bundle import BundleWriter
 from edgerun.export.video_blocks import Geometry, denoiser_chain, merge_of
+from edgerun.export.video_chain import run_chain
 from edgerun.models.rectified_flow import guide
 from edgerun.models.stdit import rotary_angles
 from edgerun.models.text_to_video import VideoCheckpoint
@@ -99,12 +100,7 @@ class GoldenPass:
             plain = frame_merge([[frame] for frame in range(self._geometry.latent[0])])
             cosines, sines = rotary_angles(plain.positions, weights["rope.freqs"].float())
             values |= {"merge": plain.merge, "unmerge": plain.unmerge, "cosines": cosines, "sines": sines}
-        for block in blocks:
-            if self._recipe.quantize != "none":
-                block.quantize()
-            with torch.no_grad():
-                results = block.module(*(values[name].contiguous() for name in block.inputs))
-            values |= dict(zip(block.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+        run_chain(blocks, values, quantize=self._recipe.quantize != "none")
         return values["v"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from edgerun import cli
 from edgerun.commands import demo_video
-from edgerun.commands.demo_video import PLAIN, REFERENCE, STREAMED, TOGETHER, Made
+from edgerun.commands.demo_video import FASTEST, PLAIN, REFERENCE, STREAMED, TOGETHER, Made
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import clips
 from edgerun.models import rectified_flow
@@ -46,9 +46,11 @@ def test_more_steps_of_the_same_schedule(ratio: float) -> None:
 
 
 def test_each_technique_alone_and_all_together() -> None:
-    leap, merged, streamed, together = demo_video.techniques(VIDEO, 1000)
+    leap, merged, both, streamed, together = demo_video.techniques(VIDEO, 1000)
     assert (leap.leap, leap.merge_steps, leap.memory_limit_bytes) == (Leap("fixed", 19), 0, None)
     assert (merged.leap, merged.merge_steps, merged.memory_limit_bytes) == (Leap("none"), 10, None)
+    assert (both.name, both.leap, both.merge_steps) == (FASTEST, Leap("fixed", 19), 10)
+    assert both.memory_limit_bytes is None
     assert (streamed.leap, streamed.merge_steps, streamed.memory_limit_bytes) == (Leap("none"), 0, 1000)
     assert (together.leap, together.merge_steps, together.memory_limit_bytes) == (Leap("fixed", 19), 10, 1000)
 
@@ -71,12 +73,15 @@ def test_gates_see_another_clip_a_limit_that_does_not_hold_and_programs_that_sta
 def test_the_verdict_counts_what_is_right() -> None:
     fast = dataclasses.replace(MADE, denoise_seconds=0.5, evaluations=19, peak_rss_bytes=50 * 2**20, right=False)
     plain = dataclasses.replace(MADE, peak_rss_bytes=80 * 2**20)
-    said = demo_video._verdict({PLAIN: [plain, plain], TOGETHER: [fast, dataclasses.replace(fast, right=True)]})
-    assert said == (
-        "All techniques together denoise 3.00 times as fast as plain sampling, 19 evaluations instead of 30, in a "
+    made = {PLAIN: [plain, plain], TOGETHER: [fast, dataclasses.replace(fast, right=True)]}
+    assert demo_video._verdict(made) == (
+        "All techniques together, blocks streamed, denoise 3.00 times as fast, 19 evaluations instead of 30, in a "
         "process of 50 MiB instead of 80 MiB; 1 of 2 clips are what the caption says, of plain sampling 2. "
         "Means of 2 captions; bench/workloads/video_quality.py measures quality with intervals."
     )
+    said = demo_video._verdict({PLAIN: [plain], FASTEST: [fast], TOGETHER: [fast]})
+    assert said.startswith("LPL and TDTM together denoise 3.00 times as fast as plain sampling. All techniques ")
+    assert "0 of 1 clip is what the caption says, of plain sampling 1. One caption; " in said
 
 
 def test_options_of_the_text_demo_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,23 +89,26 @@ def test_options_of_the_text_demo_are_refused(capsys: pytest.CaptureFixture[str]
     assert "--no-device are of the text demo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "model"), [([], "zoo:video"), (["--checkpoint", "a folder"], "a folder")])
-def test_the_model_that_ships_unless_another_is_given(
-    given: list[str], model: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], ("zoo:video", 1)), (["--checkpoint", "a folder", "--captions", "4"], ("a folder", 4))]
+)
+def test_the_model_that_ships_and_one_caption_unless_others_are_given(
+    given: list[str], expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def demonstrate(output: pathlib.Path, exporter: Any, model: str, *, command: str) -> None:
-        asked.append(model)
+    def demonstrate(output: pathlib.Path, exporter: Any, model: str, captions: int, *, command: str) -> None:
+        asked.append((model, captions))
         raise EdgerunError("enough")
 
     monkeypatch.setattr(demo_video, "demonstrate", demonstrate)
-    assert cli.main(["demo", "video", *given]) == 2 and asked == [model]
+    assert cli.main(["demo", "video", *given]) == 2 and asked == [expected]
 
 
-def test_a_checkpoint_is_of_the_video_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--checkpoint", "x"]) == 2
-    assert "is of the video demo" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--checkpoint", "--captions"])
+def test_options_of_the_video_demo_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", option, "1"]) == 2
+    assert "are of the video demo: leave them out" in capsys.readouterr().err
 
 
 def test_a_file_where_the_folder_would_be_is_refused(
@@ -119,18 +127,18 @@ def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, 
     source = tiny_video_checkpoint.write(tmp_path / "a model", words=words, max_tokens=20, height=32, width=32)
     monkeypatch.setattr(demo_video, "LIMIT_SHARE", 2.0)  # the model is so small that the process is most of it
     monkeypatch.setattr(demo_video, "RECIPE", dataclasses.replace(demo_video.RECIPE, leap_evaluations=2, merge_steps=3))
-    report = demo_video.demonstrate(tmp_path / "out put", exporter, str(source))
+    report = demo_video.demonstrate(tmp_path / "out put", exporter, str(source), 2)
     assert [check.passed for check in report.checks] == [False, True, True]  # with so much room nothing streams
     table = report.tables[0]
     names = [row[0] for row in table.rows]
-    assert names == [REFERENCE, PLAIN, "LPL", "TDTM", STREAMED, TOGETHER]
+    assert names == [REFERENCE, PLAIN, "LPL", "TDTM", FASTEST, STREAMED, TOGETHER]
     evaluations = {row[0]: row[3] for row in table.rows}
-    assert [evaluations[name] for name in names] == [200, 4, 2, 4, 4, 2]
+    assert [evaluations[name] for name in names] == [200, 4, 2, 4, 2, 4, 2]
     written = {path.name for path in (tmp_path / "out put").iterdir()}
-    clip_names = {f"{name}_{index}.mp4" for name in ("plain", "all_together") for index in range(demo_video.PROMPTS)}
+    clip_names = {f"{name}_{index}.mp4" for name in ("plain", "all_together") for index in range(2)}
     assert written == {demo_video.BUNDLE, demo_video.PAGE, demo_video.VALUES} | clip_names
     values = json.loads((tmp_path / "out put" / demo_video.VALUES).read_text())
-    assert len(values["clips"]) == len(names) * demo_video.PROMPTS
+    assert len(values["clips"]) == len(names) * 2
     page = (tmp_path / "out put" / demo_video.PAGE).read_text()
     for frame in measured(chromium, page, tmp_path):
         assert frame["needed"] == frame["width"] and frame["pictures"] == 2 * len(values["clips"])

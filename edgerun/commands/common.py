@@ -56,6 +56,7 @@ class Exporter(Protocol):
         out: pathlib.Path,
         *,
         overwrite: bool = False,
+        parallel: bool = False,
         progress: StageProgress | None = None,
     ) -> Bundle: ...
 

@@ -33,6 +33,7 @@ from edgerun.commands.common import (
     checkpoint_path,
     emit,
     make_folder,
+    positive,
     stage_bar,
 )
 from edgerun.commands.eval_contenders import budget_contenders
@@ -90,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help=f"video: another model, made by bench/train_zoo_video.py; default: {VIDEO_MODEL}",
     )
+    parser.add_argument(
+        "--captions", type=positive, metavar="N", help=f"video: clips of each way; default: {demo_video.CAPTIONS}"
+    )
     parser.add_argument("--device", metavar="D", help=f"text: the second one; default: {SECOND_DEVICE}")
     parser.add_argument("--no-device", action="store_true", help="text: this machine only")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
@@ -102,11 +106,12 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         if arguments.device is not None or arguments.no_device:
             raise EdgerunError("--device and --no-device are of the text demo: leave them out with video")
         model = arguments.checkpoint or VIDEO_MODEL
-        report = demo_video.demonstrate(output, tools.exporter(), model, command=tools.command)
+        captions = arguments.captions or demo_video.CAPTIONS
+        report = demo_video.demonstrate(output, tools.exporter(), model, captions, command=tools.command)
         following = f'{shlex.quote(str(output / demo_video.BUNDLE))} --prompt "a blue star turns clockwise" -o clip.mp4'
     else:
-        if arguments.checkpoint is not None:
-            raise EdgerunError("--checkpoint is of the video demo: leave it out with text")
+        if arguments.checkpoint is not None or arguments.captions is not None:
+            raise EdgerunError("--checkpoint and --captions are of the video demo: leave them out with text")
         device = None if arguments.no_device else arguments.device or SECOND_DEVICE
         report = demonstrate(output, tools.exporter(), device_name=device, command=tools.command)
         following = f'{shlex.quote(str(output / "dhsa.edgerun"))} --prompt "The grass is" --stream'

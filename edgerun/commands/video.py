@@ -151,7 +151,7 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
     exporter = tools.exporter()
     with stage_bar(f"export {arguments.output.name}") as progress:
         bundle = exporter.export_video_bundle(
-            checkpoint, recipe, arguments.output, overwrite=arguments.overwrite, progress=progress
+            checkpoint, recipe, arguments.output, overwrite=arguments.overwrite, parallel=True, progress=progress
         )
     manifest = bundle.manifest
     video, files = manifest["video"], manifest["files"]

@@ -93,11 +93,15 @@ class VideoCheckpoint:
             )
         return VideoCheckpoint(path, denoiser, autoencoder, settings)
 
+    def files(self) -> list[pathlib.Path]:
+        """All that count."""
+        found = [file for part in PARTS for file in sorted((self.path / part).iterdir()) if file.is_file()]
+        return [*found, self.path / "video.json"] if (self.path / "video.json").is_file() else found
+
     def sha256(self, progress: Progress | None = None) -> str:
         """Over the names and bytes of every file that counts, hex."""
         digest = hashlib.sha256()
-        files = [file for part in PARTS for file in sorted((self.path / part).iterdir()) if file.is_file()]
-        files += [self.path / "video.json"] if (self.path / "video.json").is_file() else []
+        files = self.files()
         total, done = sum(file.stat().st_size for file in files) or 1, 0
         for file in files:
             digest.update(f"{file.relative_to(self.path).as_posix()}\0{file.stat().st_size}\0".encode())

@@ -14,6 +14,7 @@ from edgerun.bundle import Bundle, BundleWriter
 from edgerun.errors import BundleError
 from edgerun.export import video_golden, video_pipeline
 from edgerun.export.video_blocks import Geometry
+from edgerun.export.video_chain import run_chain
 from edgerun.export.video_golden import FILE, GoldenPass
 from edgerun.models import rectified_flow
 from edgerun.models.text_to_video import VideoCheckpoint
@@ -37,10 +38,7 @@ def made(source: VideoCheckpoint, recipe: VideoRecipe, folder: pathlib.Path) -> 
     with BundleWriter(folder / "v.edgerun") as writer:
         for chain, (blocks, values) in video_pipeline._chains(source, geometry, recipe):
             golden.begin(chain, values)
-            for block in blocks:
-                with torch.no_grad():
-                    results = block.module(*(values[name].contiguous() for name in block.inputs))
-                values |= dict(zip(block.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+            run_chain(blocks, values)
             golden.end(chain, values)
         assert golden.save(writer) == [{"file": FILE}]
         return VideoGolden.load(writer.folder / FILE)

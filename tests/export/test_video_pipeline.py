@@ -12,7 +12,7 @@ import torch
 from edgerun import compare
 from edgerun.bundle import Bundle
 from edgerun.errors import BundleError, EdgerunError, ExportError, ParityError
-from edgerun.export import export_video_bundle, video_pipeline
+from edgerun.export import export_video_bundle, video_chain, video_pipeline
 from edgerun.export.lower import executorch, program_templates
 from edgerun.models import rectified_flow
 from edgerun.models.temporal_vae import VideoAutoencoderConfig
@@ -100,7 +100,7 @@ def test_a_video_bundle_is_not_a_text_bundle(bundle: Bundle) -> None:
 def test_a_program_that_is_not_its_module_is_not_published(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video_pipeline, "_worst_error", lambda *_: float("nan"))
+    monkeypatch.setattr(video_chain, "worst_error", lambda *_: float("nan"))
     with pytest.raises(ParityError, match="text_embedding is not its module"):
         export_video_bundle(checkpoint, RECIPE, tmp_path / "tiny.edgerun")
     assert list(tmp_path.iterdir()) == []

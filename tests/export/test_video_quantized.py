@@ -15,8 +15,9 @@ from torch import nn
 from edgerun import compare
 from edgerun.bundle import BundleWriter
 from edgerun.errors import ExportError, ParityError
-from edgerun.export import export_video_bundle, video_pipeline
+from edgerun.export import export_video_bundle
 from edgerun.export.video_blocks import Block, Geometry, denoiser_chain, text_chain
+from edgerun.export.video_chain import check, export_chain, results_of, worst_error
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.sessions.video import VideoSession
 from edgerun.video_recipe import VideoRecipe
@@ -47,7 +48,7 @@ def exported(
         writer.subfolder("programs")
         blocks, values = chain(source, "text_encoder")
         two, geometry = itertools.islice(blocks, 2), Geometry.of(source, RECIPE)
-        found = video_pipeline._export_chain(two, values, geometry, RECIPE, "build", writer, "text_encoder", None)
+        found = export_chain(two, values, geometry, RECIPE, "build", writer.folder, "text_encoder")
         yield writer.folder, list(found)
 
 
@@ -83,14 +84,14 @@ def test_every_block_is_near_to_float_and_let_go_of(source: VideoCheckpoint, nam
     for block in blocks:
         arguments = tuple(values[one] for one in block.inputs)
         with torch.no_grad():
-            exact = video_pipeline._results(block, arguments)
+            exact = results_of(block, arguments)
             before = [one for one in block.module.modules() if isinstance(one, nn.Linear)]
             quantized[block.name] = block.quantize()
-            results = video_pipeline._results(block, arguments)
+            results = results_of(block, arguments)
         after = [part for part, one in block.module.named_modules() if isinstance(one, nn.Linear)]
         assert all(part.startswith(block.precise) for part in after)
         assert sum(not one.weight.is_meta for one in before) == len(after)
-        error = video_pipeline._worst_error(results, exact)
+        error = worst_error(results, exact)
         assert (compare.tolerance("logits_fp32") < error) == quantized[block.name]
         assert error <= compare.tolerance("quantized_block")
         values |= dict(zip(block.outputs, results, strict=True))
@@ -128,9 +129,9 @@ def test_other_formats_are_refused() -> None:
 
 def test_a_block_that_int8_ruins_is_not_published() -> None:
     block = Block("text_layer_0", nn.Identity(), ("text",), ("text",))
-    video_pipeline._check(block, {"parity": 0.04, "quantization": 0.09})
+    check(block, {"parity": 0.04, "quantization": 0.09})
     for errors in ({"parity": 0.0, "quantization": 0.11}, {"parity": 0.0, "quantization": float("nan")}):
         with pytest.raises(ParityError, match="text_layer_0 in int8 is too far from float32"):
-            video_pipeline._check(block, errors)
+            check(block, errors)
     with pytest.raises(ParityError, match="is not its module"):
-        video_pipeline._check(block, {"parity": 0.04})
+        check(block, {"parity": 0.04})
