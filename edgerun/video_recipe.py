@@ -9,6 +9,7 @@ import math
 from typing import Any, Literal
 
 from edgerun.errors import ExportError
+from edgerun.models.solvers import SOLVERS, Solver
 from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS
 
 
@@ -21,6 +22,7 @@ class VideoRecipe:
     width: int | None = None  # pixels
     steps: int | None = None  # of the sampler
     guidance: float | None = None
+    solver: Solver = "euler"
     leap: Literal["none", "fixed", "cosine"] = "none"  # linear proportional leap
     leap_evaluations: int = 0  # fixed: leap after so many
     leap_latest_time: float = 0.5  # cosine: no leap while the time is above it
@@ -50,6 +52,8 @@ class VideoRecipe:
                 f"leap is {self.leap!r} and merge_alone {self.merge_alone!r}; choose none, fixed or cosine, "
                 "and first or last"
             )
+        if self.solver not in SOLVERS:
+            raise ExportError(f"solver is {self.solver!r}; choose {' or '.join(SOLVERS)}")
         if self.leap == "fixed" and self.leap_evaluations < 1:
             raise ExportError(f"a fixed leap after {self.leap_evaluations} evaluations; give at least 1")
         if self.quantize not in ("none", "int8"):

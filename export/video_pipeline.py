@@ -149,6 +149,7 @@ def _manifest(
         "steps": geometry.steps,
         "guidance": geometry.guidance,
         "times": geometry.times,
+        "solver": recipe.solver,
         "leap": {
             "kind": recipe.leap,
             "evaluations": recipe.leap_evaluations,

@@ -4,8 +4,9 @@
 
 Every method starts from the same noise and prompt. Its clip is held against the clip of a reference of 200 Euler steps
 (PSNR, SSIM), read by the detectors (colour, shape and motion all right), and measured for flicker and for how much
-moves. The loss of a method is PSNR(plain) - PSNR(method), its mean over the prompts with a paired 95 % interval. Rivals
-are re-spaced Euler and step caching with as many evaluations as each rule takes on average, whose threshold is found on
+moves. The loss of a method is PSNR(plain) - PSNR(method), its mean over the prompts with a paired 95 % interval. `ab2`
+is the second-order sampler (edgerun/models/rectified_flow.py) with so few steps that it evaluates as seldom. Rivals are
+re-spaced Euler and step caching with as many evaluations as each rule takes on average, whose threshold is found on
 other prompts. Nothing is timed: evaluations are counted, and video_speed.py times a bundle. A row is written when a
 method is complete; references and clips stay in --work; the same command goes on after a stop. What it means is
 printed, and written as a page with clips side by side (bench/video_quality_page.py).
@@ -33,6 +34,7 @@ from edgerun.evaluation import clip_detectors, clips, video_quality
 from edgerun.library_noise import quiet_libraries
 from edgerun.models import rectified_flow
 from edgerun.models.rectified_flow import Sampled, StepRule
+from edgerun.models.solvers import Solver
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.report import MovingPicture, to_text
 from edgerun.report_html import write_html
@@ -62,6 +64,8 @@ class Plan:
     steps: int  # of the plain run
     reference_steps: int
     evaluations: int  # of the fixed leap, re-spaced Euler and step caching
+    solver_steps: tuple[int, ...]  # of the second-order sampler; `evaluations` beside them
+    merged_solver_steps: int  # of it with TDTM
     latest_times: tuple[float, ...]  # of the cosine rule
     merge_steps: tuple[int, ...]
     least_cosine: float  # of frames that count as similar
@@ -79,13 +83,22 @@ class Plan:
         if longest:
             more = ((kind, f"TDTM, {longest} steps, {kind}") for kind in (PAIRS_AND_MLP, SIMILAR))
             found += [Method(name, steps, merge_steps=longest, merge=kind) for kind, name in more]
+        found += [
+            Method(f"ab2, {count} steps", count, solver="ab2")
+            for count in sorted({few, *self.solver_steps}, reverse=True)
+        ]
         for count in self.merge_steps:
             name = f"LPL after {few} and TDTM, {count} steps"
             found.append(Method(name, steps, lambda: FixedLeap(few), count))
-            share = max(1, round(few * count / steps))  # of fewer steps, as many of their time
-            if few < steps:
-                found.append(Method(f"Euler, {few} steps and TDTM, {share} steps", few, merge_steps=share))
+            share = merged_share(count, steps, self.merged_solver_steps)
+            name = f"ab2, {self.merged_solver_steps} steps and TDTM, {share} steps"
+            found.append(Method(name, self.merged_solver_steps, merge_steps=share, solver="ab2"))
         return found
+
+
+def merged_share(count: int, steps: int, fewer: int) -> int:
+    """Of `fewer` steps, as many as `count` are of `steps`."""
+    return max(1, round(fewer * count / steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +110,7 @@ class Method:
     rule: Callable[[], StepRule] | None = None  # makes one for each sample; None: plain Euler
     merge_steps: int = 0  # first steps whose frames are merged
     merge: str = PAIRS
+    solver: Solver = "euler"
 
 
 class Sampler:
@@ -141,7 +155,8 @@ class Sampler:
             )
             return rectified_flow.guide(*found.chunk(2), self.settings.guidance)
 
-        return rectified_flow.sample(velocity, noise, schedule, method.rule() if method.rule is not None else None)
+        rule = method.rule() if method.rule is not None else None
+        return rectified_flow.sample(velocity, noise, schedule, rule, solver=method.solver)
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -298,6 +313,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--evaluations", type=int, default=19, help="of fixed leap, Euler and caching; default: %(default)s"
     )
+    parser.add_argument(
+        "--solver-steps",
+        type=int,
+        nargs="*",
+        default=[16, 14, 12, 10],
+        help="of the second-order sampler, beside --evaluations; default: %(default)s",
+    )
+    parser.add_argument(
+        "--merged-solver-steps", type=int, default=16, help="of it with merged frames; default: %(default)s"
+    )
     parser.add_argument("--merge-steps", type=int, nargs="*", default=[5, 10, 15, 20, 30], help="default: %(default)s")
     parser.add_argument(
         "--latest-times",
@@ -315,9 +340,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         checkpoint = VideoCheckpoint.open(given.checkpoint)
         steps = checkpoint.settings.steps if given.steps is None else given.steps
-        counts = (given.prompts, steps, given.reference_steps, given.evaluations, *given.merge_steps)
-        if min(counts) < 1 or max(given.evaluations, *given.merge_steps, 0) > steps:
-            parser.error(f"counts are at least 1, and evaluations and merged steps at most the {steps} steps")
+        of_steps = (given.evaluations, given.merged_solver_steps, *given.solver_steps, *given.merge_steps)
+        if min(given.prompts, steps, given.reference_steps, *of_steps) < 1 or max(of_steps) > steps:
+            parser.error(f"counts are at least 1, and those of evaluations and steps at most the {steps} steps")
         if given.reference_steps <= steps:
             parser.error(
                 f"the reference has {given.reference_steps} steps; give it more than the {steps} of plain sampling"
@@ -333,6 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
             steps,
             given.reference_steps,
             given.evaluations,
+            tuple(given.solver_steps),
+            given.merged_solver_steps,
             tuple(given.latest_times),
             tuple(given.merge_steps),
             given.least_cosine,

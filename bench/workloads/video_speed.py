@@ -25,6 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from bench.harness import RESULTS, ResultFile
 from bench.video_quality_page import PLAIN, gates_broken
+from bench.workloads.video_quality import merged_share
 from edgerun.bundle import Bundle
 from edgerun.commands.common import begin_report
 from edgerun.commands.demo_video import respaced
@@ -33,6 +34,7 @@ from edgerun.devices import VideoRunRequest, open_device
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import clips
 from edgerun.library_noise import quiet_libraries
+from edgerun.models.solvers import Solver
 from edgerun.report import Cell, Check, Column, Estimate, Report, Table, to_text
 from edgerun.sessions.video import Leap
 from edgerun.video_recipe import VideoRecipe
@@ -50,6 +52,8 @@ class Plan:
     checkpoint: str  # sha256
     steps: int
     evaluations: int  # of the fixed leap and of re-spaced Euler
+    solver_steps: tuple[int, ...]  # of the second-order sampler; `evaluations` beside them
+    merged_solver_steps: int  # of it with TDTM
     merge_steps: tuple[int, ...]
     repeats: int
     threads: int
@@ -64,6 +68,7 @@ class Method:
     steps: int
     leap: Leap
     merge_steps: int = 0
+    solver: Solver = "euler"
 
 
 def methods(plan: Plan) -> list[Method]:
@@ -75,12 +80,17 @@ def methods(plan: Plan) -> list[Method]:
         Method(f"LPL after {few}", CANNOT, plan.steps, leap),
         Method(f"Euler, {few} steps", CANNOT, few, none),
     ]
+    found += [
+        Method(f"ab2, {count} steps", CANNOT, count, none, solver="ab2")
+        for count in sorted({few, *plan.solver_steps}, reverse=True)
+    ]
+    fewer = plan.merged_solver_steps
     for count in plan.merge_steps:
-        share = max(1, round(few * count / plan.steps))
+        share = merged_share(count, plan.steps, fewer)
         found += [
             Method(f"TDTM, {count} steps", CAN_MERGE, plan.steps, none, count),
             Method(f"LPL after {few} and TDTM, {count} steps", CAN_MERGE, plan.steps, leap, count),
-            Method(f"Euler, {few} steps and TDTM, {share} steps", CAN_MERGE, few, none, share),
+            Method(f"ab2, {fewer} steps and TDTM, {share} steps", CAN_MERGE, fewer, none, share, "ab2"),
         ]
     return found
 
@@ -113,6 +123,7 @@ def measure(bundles: dict[str, Bundle], plan: Plan) -> list[dict[str, Any]]:
                 tokens=tokens,
                 seed=SEED,
                 times=own if way.steps == len(own) else tuple(respaced(own, way.steps)),
+                solver=way.solver,
                 leap=way.leap,
                 merge_steps=way.merge_steps,
                 threads=plan.threads,
@@ -201,6 +212,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a text-to-video folder")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="where the bundles are kept")
     parser.add_argument("--evaluations", type=int, default=19, help="of leap and Euler; default: %(default)s")
+    parser.add_argument(
+        "--solver-steps",
+        type=int,
+        nargs="*",
+        default=[16, 14, 12, 10],
+        help="of the second-order sampler, beside --evaluations; default: %(default)s",
+    )
+    parser.add_argument(
+        "--merged-solver-steps", type=int, default=16, help="of it with merged frames; default: %(default)s"
+    )
     parser.add_argument("--merge-steps", type=int, nargs="*", default=[5, 10, 15, 20, 30], help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -213,12 +234,21 @@ def main(arguments: list[str] | None = None) -> None:
 
         checkpoint = VideoCheckpoint.open(given.checkpoint)
         steps = checkpoint.settings.steps
-        counts = (given.evaluations, given.repeats, given.threads, *given.merge_steps)
-        if min(counts) < 1 or max(given.evaluations, *given.merge_steps, 0) > steps:
-            parser.error(f"counts are at least 1, and evaluations and merged steps at most the {steps} steps")
+        of_steps = (given.evaluations, given.merged_solver_steps, *given.solver_steps, *given.merge_steps)
+        if min(given.repeats, given.threads, *of_steps) < 1 or max(of_steps) > steps:
+            parser.error(f"counts are at least 1, and those of evaluations and steps at most the {steps} steps")
         whole = checkpoint.sha256()
         broken = quality_of(given.quality, whole)
-        plan = Plan(whole, steps, given.evaluations, tuple(given.merge_steps), given.repeats, given.threads)
+        plan = Plan(
+            whole,
+            steps,
+            given.evaluations,
+            tuple(given.solver_steps),
+            given.merged_solver_steps,
+            tuple(given.merge_steps),
+            given.repeats,
+            given.threads,
+        )
         words = sys.argv[1:] if arguments is None else arguments
         command = " ".join(["python", "bench/workloads/video_speed.py", *words])
         results = ResultFile(given.output, command, dataclasses.asdict(plan), fresh=True)

@@ -141,6 +141,12 @@ typedef enum edgerun_video_leap {
   EDGERUN_VIDEO_LEAP_COSINE = 2
 } edgerun_video_leap;
 
+typedef enum edgerun_video_solver {
+  EDGERUN_VIDEO_SOLVER_BUNDLE = -1, /* as the bundle says */
+  EDGERUN_VIDEO_SOLVER_EULER = 0,
+  EDGERUN_VIDEO_SOLVER_AB2 = 1 /* Adams-Bashforth, second order */
+} edgerun_video_solver;
+
 typedef struct edgerun_video_options {
   size_t struct_bytes;
   int32_t verify;             /* 1: compare the programs' sha256 with the manifest's; 0: sizes and paths only */
@@ -189,6 +195,7 @@ typedef struct edgerun_video_generate_options {
   float* latent_out;              /* [channels, latent frames, height, width] or null */
   uint8_t* frames_out;            /* [frames, height, width, 3]; null: nothing is decoded */
   edgerun_step_callback on_block; /* before every program; not 0: cancel */
+  edgerun_video_solver solver;
 } edgerun_video_generate_options;
 
 typedef struct edgerun_video_result {

@@ -38,6 +38,12 @@ Status generate(edgerun_video_session* session, const int64_t* ids, size_t count
   run.seed = options.seed;
   run.noise = {options.noise, options.noise_count};
   if (options.times != nullptr) run.times.emplace(options.times, options.times + options.time_count);
+  if (options.solver != EDGERUN_VIDEO_SOLVER_BUNDLE) {
+    if (options.solver < EDGERUN_VIDEO_SOLVER_EULER || options.solver > EDGERUN_VIDEO_SOLVER_AB2) {
+      return invalid("solver is none of edgerun_video_solver");
+    }
+    run.solver = static_cast<edgerun::Solver>(options.solver);
+  }
   if (options.leap != EDGERUN_VIDEO_LEAP_BUNDLE) {
     if (options.leap < EDGERUN_VIDEO_LEAP_NONE || options.leap > EDGERUN_VIDEO_LEAP_COSINE) {
       return invalid("leap is none of edgerun_video_leap");
@@ -80,6 +86,7 @@ edgerun_video_generate_options edgerun_video_generate_options_default(void) {
   options.leap_tolerance = leap.tolerance;
   options.leap_patience = leap.patience;
   options.merge_steps = -1;
+  options.solver = EDGERUN_VIDEO_SOLVER_BUNDLE;
   return options;
 }
 

@@ -47,6 +47,7 @@ Video:
   --prefetch N          programs to load while one executes; 0: none (1)
   --guidance G          instead of the bundle's
   --times T,T,...       of the diffusion, from 1 down, instead of the bundle's
+  --solver NAME         euler or ab2 (second-order steps), instead of the bundle's
   --leap KIND           none, fixed:EVALUATIONS or cosine:LATEST_TIME,TOLERANCE,PATIENCE, instead of the bundle's
   --merge-steps N       first steps with merged frames, instead of the bundle's
   --state-out F         where a run that SIGINT, SIGTERM or --stop-after ends is saved

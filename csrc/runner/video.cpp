@@ -53,6 +53,12 @@ bool parse_leap(const std::string& option, const std::string& value, edgerun_vid
          parse_number(option, rest.substr(second + 1), &options->leap_patience);
 }
 
+bool parse_solver(const std::string& option, const std::string& value, edgerun_video_solver* solver) {
+  if (value == "euler") return *solver = EDGERUN_VIDEO_SOLVER_EULER, true;
+  if (value == "ab2") return *solver = EDGERUN_VIDEO_SOLVER_AB2, true;
+  return fail(option + " is '" + value + "'; it must be euler or ab2");
+}
+
 bool parse_stage(const std::string& option, const std::string& value, int* stage) {
   if (value == "encode") return *stage = EDGERUN_VIDEO_ENCODE, true;
   if (value == "denoise") return *stage = EDGERUN_VIDEO_DENOISE, true;
@@ -102,6 +108,7 @@ bool parse_video(const std::string& option, const char* value, VideoRequest* req
   if (option == "--prefetch") return parse_number(option, value, &request->session.prefetch);
   if (option == "--guidance") return parse_number(option, value, &generate.guidance);
   if (option == "--times") return parse_times(option, value, &request->times);
+  if (option == "--solver") return parse_solver(option, value, &generate.solver);
   if (option == "--leap") return parse_leap(option, value, &generate);
   if (option == "--merge-steps") return parse_number(option, value, &generate.merge_steps);
   return *known = false;

@@ -164,6 +164,19 @@ Status check_chain(const std::string& name, const Chain& chain, std::set<std::st
   return corrupt("manifest.json: chain '" + name + "' does not end with '" + taken + "': export the bundle again");
 }
 
+// Bundles that were made before there was a choice name none.
+Status read_solver(const json::Value& video, Solver* solver) {
+  *solver = Solver::kEuler;
+  if (video.get("solver").is_null()) return Status();
+  std::string name;
+  if (Status status = require(video, "solver", &name); !status.ok()) return status;
+  if (name != "euler" && name != "ab2") {
+    return corrupt("manifest.json: video.solver is '" + name + "', none of euler and ab2: update edgerun");
+  }
+  if (name == "ab2") *solver = Solver::kAdamsBashforth2;
+  return Status();
+}
+
 Status read_leap(const json::Value& leap, LeapOptions* options) {
   if (leap.is_null()) return Status();
   std::string kind;
@@ -270,6 +283,7 @@ Status read_video(const json::Value& video, VideoBundle* bundle) {
     return corrupt("manifest.json: " + std::to_string(bundle->frames) + " frames and " +
                    std::to_string(bundle->latent_frames) + " latents are not the same number of chunks: export again");
   }
+  if (Status status = read_solver(video, &bundle->solver); !status.ok()) return status;
   if (Status status = read_leap(video.get("leap"), &bundle->leap); !status.ok()) return status;
   if (Status status = read_merge(video, bundle); !status.ok()) return status;
   return read_rotary(video, bundle);

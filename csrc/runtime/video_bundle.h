@@ -37,6 +37,8 @@
 
 namespace edgerun {
 
+enum class Solver : int { kEuler = 0, kAdamsBashforth2 = 1 };
+
 enum class LeapKind : int { kNone = 0, kFixed = 1, kCosine = 2 };
 
 struct LeapOptions {
@@ -73,6 +75,7 @@ struct VideoBundle {
   int64_t channels = 0, latent_frames = 0, latent_height = 0, latent_width = 0;
   double guidance = 1.0;
   std::vector<double> times;
+  Solver solver = Solver::kEuler;
   std::vector<float> rotary_frequencies;  // [head size / 2]
   LeapOptions leap;
   int64_t merge_steps = 0;

@@ -60,6 +60,11 @@ void euler_step(std::span<float> x, std::span<const float> velocity, float step)
   for (size_t i = 0; i < x.size(); ++i) x[i] += velocity[i] * step;
 }
 
+void adams_bashforth_step(std::span<float> x, std::span<const float> velocity, std::span<const float> before,
+                          float turn, float step) {
+  for (size_t i = 0; i < x.size(); ++i) x[i] += (velocity[i] + turn * (velocity[i] - before[i])) * step;
+}
+
 void rotary_angles(std::span<const float> positions, std::span<const float> frequencies, std::vector<float>* cosines,
                    std::vector<float>* sines) {
   cosines->clear();

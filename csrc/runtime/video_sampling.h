@@ -20,6 +20,10 @@ void guide(std::span<float> conditional, std::span<const float> unconditional, f
 
 // x += velocity * step
 void euler_step(std::span<float> x, std::span<const float> velocity, float step);
+// x += (velocity + turn * (velocity - before)) * step: a step of Adams-Bashforth's second order, `before` being the
+// velocity of the step before and `turn` this step's length over twice that one's.
+void adams_bashforth_step(std::span<float> x, std::span<const float> velocity, std::span<const float> before,
+                          float turn, float step);
 
 // Cosines and sines [positions, 2 * frequencies] of the rotary embedding; neighbours share an angle.
 void rotary_angles(std::span<const float> positions, std::span<const float> frequencies, std::vector<float>* cosines,

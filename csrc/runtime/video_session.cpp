@@ -192,7 +192,7 @@ Status VideoSession::set_memory_limit(int64_t bytes) {
 
 Status VideoSession::settings(const VideoRun& run, Settings* settings) const {
   *settings = {run.guidance.value_or(bundle_.guidance), run.times.value_or(bundle_.times),
-               run.leap.value_or(bundle_.leap), run.merge_steps.value_or(bundle_.merge_steps)};
+               run.solver.value_or(bundle_.solver), run.leap.value_or(bundle_.leap), run.merge_steps.value_or(bundle_.merge_steps)};
   if (!std::isfinite(settings->guidance)) return invalid("the guidance is not a finite number: give one, as 7");
   for (size_t i = 0; i < settings->times.size(); ++i) {
     const double time = settings->times[i];
@@ -295,6 +295,21 @@ Status VideoSession::evaluate(BlockLoader* loader, double time, bool merged, dou
   return Status();
 }
 
+// x_ from `time` to `following` along velocity_.
+void VideoSession::advance(const Settings& settings, double time, double following, bool leaps) {
+  const double step = time - following;
+  const bool looks_back = settings.solver == Solver::kAdamsBashforth2;
+  if (looks_back && !leaps && !previous_velocity_.empty()) {
+    const auto turn = static_cast<float>(step / (2.0 * (previous_time_ - time)));
+    adams_bashforth_step(x_, velocity_, previous_velocity_, turn, static_cast<float>(step));
+  } else {
+    euler_step(x_, velocity_, static_cast<float>(step));
+  }
+  previous_velocity_.clear();
+  if (looks_back) previous_velocity_.swap(velocity_);
+  previous_time_ = time;
+}
+
 Status VideoSession::denoise(const VideoRun& run, const Settings& settings) {
   const auto steps = static_cast<int64_t>(settings.times.size());
   if (next_step_ >= steps) return Status();
@@ -308,7 +323,7 @@ Status VideoSession::denoise(const VideoRun& run, const Settings& settings) {
       if (Status status = evaluate(loader, time, merged, settings.guidance, more_follow); !status.ok()) return status;
       const bool leaps = rule_->observe(time, velocity_);
       const double following = last || leaps ? 0.0 : settings.times[index + 1];
-      euler_step(x_, velocity_, static_cast<float>(time - following));
+      advance(settings, time, following, leaps);
       next_step_ = leaps ? steps : next_step_ + 1;
       steps_.push_back({time, now_ms() - begin_ms, merged});
     }
@@ -405,6 +420,7 @@ Status VideoSession::generate_running(std::span<const int64_t> tokens, const Vid
   for (Stage& stage : stages_) stage = Stage();
   has_state_ = false;
   next_step_ = evaluations_ = 0;
+  previous_velocity_.clear();
   if (!run.state.empty()) {
     if (Status status = restore(run.state, chosen); !status.ok()) return status;
   } else {
@@ -434,7 +450,8 @@ Status VideoSession::generate(std::span<const int64_t> tokens, const VideoRun& r
 std::vector<uint8_t> VideoSession::state() const {
   if (!has_state_) return {};
   return pack_state({bundle_.build, next_step_, evaluations_, x_, y_.sizes,
-                     std::vector<float>(y_.floats(), y_.floats() + y_.bytes() / 4), rule_->state()});
+                     std::vector<float>(y_.floats(), y_.floats() + y_.bytes() / 4), previous_time_, previous_velocity_,
+                     rule_->state()});
 }
 
 Status VideoSession::restore(std::span<const uint8_t> bytes, const Settings& settings) {
@@ -454,6 +471,8 @@ Status VideoSession::restore(std::span<const uint8_t> bytes, const Settings& set
   x_ = std::move(state.x);
   y_.resize(ElementType::kFloat32, state.y_sizes);
   std::memcpy(y_.data.get(), state.y.data(), state.y.size() * sizeof(float));
+  previous_time_ = state.previous_time;
+  previous_velocity_ = std::move(state.previous_velocity);
   rule_.emplace(settings.leap, evaluations_);
   rule_->set_state(std::move(state.leap));
   return Status();

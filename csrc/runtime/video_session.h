@@ -2,8 +2,8 @@
 // Each is a chain of programs that streams through what the memory limit leaves (block_loader.h), and is gone from
 // memory before the next begins; decoding is two, over time and then on a few frames at a time.
 //
-// After step i the latent is x += v (t_i - t_{i+1}); when the leap rule says so, x += v t_i ends the loop (video_bundle.h
-// has the conventions). A run that was cancelled keeps its state, which can be saved and given to a later run.
+// After step i the latent is x += v (t_i - t_{i+1}), or a second-order step that looks back at the velocity before; when
+// the leap rule says so, x += v t_i ends the loop (video_bundle.h has the conventions). A run that was cancelled keeps its state, which can be saved and given to a later run.
 #pragma once
 
 #include <atomic>
@@ -43,8 +43,9 @@ struct VideoProgress {
 };
 
 struct VideoRun {
-  std::optional<double> guidance;  // instead of the bundle's, as the three below
+  std::optional<double> guidance;  // instead of the bundle's, as the four below
   std::optional<std::vector<double>> times;
+  std::optional<Solver> solver;
   std::optional<LeapOptions> leap;
   std::optional<int64_t> merge_steps;
   uint64_t seed = 0;               // of the noise
@@ -77,6 +78,7 @@ class VideoSession {
   struct Settings {
     double guidance;
     std::vector<double> times;
+    Solver solver;
     LeapOptions leap;
     int64_t merge_steps;
   };
@@ -113,6 +115,7 @@ class VideoSession {
   Status encode(std::span<const int64_t> tokens, const VideoRun& run);
   Status denoise(const VideoRun& run, const Settings& settings);
   Status evaluate(BlockLoader* loader, double time, bool merged, double guidance, bool more_follow);
+  void advance(const Settings& settings, double time, double following, bool leaps);
   Status decode(const VideoRun& run);
   Status decode_time(const VideoRun& run, Value* pictures);
   Status decode_frames(const VideoRun& run, const Value& pictures);
@@ -134,7 +137,8 @@ class VideoSession {
   int64_t active_base_bytes_ = 0;  // of the process, outside of the active chain's budget
   int64_t memory_limit_bytes_ = 0;
 
-  std::vector<float> x_, velocity_;  // [C, T, h, w]
+  std::vector<float> x_, velocity_, previous_velocity_;  // [C, T, h, w]; the last is empty where nothing looks back
+  double previous_time_ = 0.0;
   Value y_;                          // [1, n, caption channels]
   std::optional<LeapRule> rule_;
   int64_t next_step_ = 0, evaluations_ = 0;

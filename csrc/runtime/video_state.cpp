@@ -7,7 +7,7 @@ namespace edgerun {
 namespace {
 
 constexpr char kMagic[] = "EDGERUNV";
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 class Packer {
  public:
@@ -69,6 +69,8 @@ std::vector<uint8_t> pack_state(const VideoState& state) {
   packer.list(state.x);
   packer.list(state.y_sizes);
   packer.list(state.y);
+  packer.number(state.previous_time);
+  packer.list(state.previous_velocity);
   packer.number(state.leap.stale);
   packer.number(state.leap.best);
   packer.list(state.leap.previous);
@@ -90,6 +92,8 @@ Status unpack_state(std::span<const uint8_t> bytes, VideoState* state) {
   unpacker.list(&state->x);
   unpacker.list(&state->y_sizes);
   unpacker.list(&state->y);
+  unpacker.number(&state->previous_time);
+  unpacker.list(&state->previous_velocity);
   unpacker.number(&state->leap.stale);
   unpacker.number(&state->leap.best);
   unpacker.list(&state->leap.previous);
@@ -97,8 +101,11 @@ Status unpack_state(std::span<const uint8_t> bytes, VideoState* state) {
   const bool shaped = sizes.size() == 3 && sizes[0] == 1 && sizes[1] > 0 && sizes[2] > 0 &&
                       sizes[1] <= static_cast<int64_t>(state->y.size()) &&
                       static_cast<size_t>(sizes[1] * sizes[2]) == state->y.size() && sizes[2] <= (int64_t{1} << 32);
-  const bool leaps = state->leap.previous.empty() || state->leap.previous.size() == state->x.size();
-  if (unpacker.done() && shaped && leaps && state->next_step >= 0 && state->evaluations >= 0) return Status();
+  const auto latent_or_nothing = [&](const std::vector<float>& values) {
+    return values.empty() || values.size() == state->x.size();
+  };
+  const bool before = latent_or_nothing(state->leap.previous) && latent_or_nothing(state->previous_velocity);
+  if (unpacker.done() && shaped && before && state->next_step >= 0 && state->evaluations >= 0) return Status();
   return Status(StatusCode::kInvalidArgument, "the saved state is damaged: start the run again");
 }
 

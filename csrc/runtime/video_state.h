@@ -17,6 +17,8 @@ struct VideoState {
   std::vector<float> x;  // the latent before that step
   std::vector<int64_t> y_sizes;
   std::vector<float> y;  // text features
+  double previous_time = 0.0;            // of the last evaluation, with the next one; only where a solver looks back
+  std::vector<float> previous_velocity;  // as x, or empty
   LeapRule::State leap;
 };
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgerun.commands.common import GOOD, Tools, begin_report, emit, finite, not_negative, positive, stage_bar
 from edgerun.errors import EdgerunError, ExportError
+from edgerun.models.solvers import SOLVERS
 from edgerun.report import Column, Table
 from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS
 from edgerun.video_recipe import VideoRecipe
@@ -61,7 +62,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_technique_options(group: argparse._ArgumentGroup) -> None:
-    """--lpl and --tdtm."""
+    """--solver, --lpl and --tdtm."""
+    group.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        help="euler, or ab2: second-order steps, of which fewer are as near to the flow (with export --steps)",
+    )
     group.add_argument(
         "--lpl",
         metavar="RULE",
@@ -89,6 +95,7 @@ def video_recipe(arguments: argparse.Namespace, depth: int) -> VideoRecipe:
         width=arguments.width,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        solver=arguments.solver or "euler",
         leap=leap.kind,
         leap_evaluations=leap.evaluations,
         leap_latest_time=leap.latest_time,
@@ -160,7 +167,7 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
         ("build", manifest["build"][:16]),
         ("size", f"{sum(entry['bytes'] for entry in files.values()) / 2**20:.1f} MiB"),
         ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
-        ("sampler", f"{video['steps']} steps, guidance {video['guidance']:g}"),
+        ("sampler", sampler_text(video)),
         ("techniques", f"LPL {leap_text(video['leap'])}, {merge_text(video)}"),
         ("weights", _weights_text(recipe)),
     )
@@ -182,6 +189,11 @@ def export(arguments: argparse.Namespace, tools: Tools, checkpoint: pathlib.Path
     )
     table = Table("Programs, each held against its module", columns, rows)
     return emit(dataclasses.replace(report, facts=facts, tables=(table,)), arguments)
+
+
+def sampler_text(video: dict[str, Any]) -> str:
+    """A manifest's sampler in words."""
+    return f"{video['steps']} steps of {video.get('solver', SOLVERS[0])}, guidance {video['guidance']:g}"
 
 
 def leap_text(leap: dict[str, Any]) -> str:
@@ -241,6 +253,7 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
         tokens=prompt_tokens(tokenizer, prompt),
         seed=arguments.seed,
         guidance=arguments.guidance,
+        solver=arguments.solver,
         leap=run_leap(arguments.lpl, bundle.manifest["video"]["leap"]),
         merge_steps=arguments.tdtm,
         memory_limit_bytes=memory_limit_bytes,
@@ -250,7 +263,7 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
     run_facts = {
         "build": bundle.build,
         "prompt": prompt,
-        **{name: getattr(arguments, name) for name in ("seed", "guidance", "lpl", "tdtm")},
+        **{name: getattr(arguments, name) for name in ("seed", "guidance", "solver", "lpl", "tdtm")},
     }
     if unknown := tokenizer.unknown_words(prompt):
         print(f"note: the model does not know {', '.join(map(repr, unknown))}", file=sys.stderr)
@@ -301,6 +314,7 @@ def _run_here(
             request.tokens,
             seed=request.seed,
             guidance=request.guidance,
+            solver=request.solver,
             leap=request.leap,
             merge_steps=request.merge_steps,
             state=saved,

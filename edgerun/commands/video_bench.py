@@ -14,6 +14,7 @@ from edgerun.commands.video import add_technique_options, parse_leap, prompt_tok
 from edgerun.report import Cell, Column, Estimate, Report, Table
 
 if TYPE_CHECKING:
+    from edgerun.models.solvers import Solver
     from edgerun.sessions.video import Leap, Progress
 
 PROMPT = "a red circle moves to the left"
@@ -37,6 +38,7 @@ def bench(arguments: argparse.Namespace, command: str) -> Report:
         repeats=arguments.repeats,
         device_name=arguments.device,
         threads=arguments.threads,
+        solver=arguments.solver,
         leap=None if arguments.lpl is None else parse_leap(arguments.lpl),
         merge_steps=arguments.tdtm,
         prefetch=1 if arguments.prefetch is None else arguments.prefetch,
@@ -52,6 +54,7 @@ def bench_video_bundle(
     repeats: int = 3,
     device_name: str = "host",
     threads: int | None = None,
+    solver: Solver | None = None,
     leap: Leap | None = None,
     merge_steps: int | None = None,
     prefetch: int = 1,
@@ -68,6 +71,7 @@ def bench_video_bundle(
     bundle, device = Bundle.open(path, kind="video"), open_device(device_name)
     request = VideoRunRequest(
         tokens=prompt_tokens(prompt_tokenizer(bundle), prompt),
+        solver=solver,
         leap=leap,
         merge_steps=merge_steps,
         memory_limit_bytes=memory_limit_bytes,

@@ -51,6 +51,7 @@ def validate_video_bundle(
             tokens=tuple(case.tokens.tolist()),
             noise=case.noise,
             times=tuple(case.times.tolist()),
+            solver="euler",
             leap=Leap("none"),
             merge_steps=case.merge_steps,
             memory_limit_bytes=memory_limit_bytes,

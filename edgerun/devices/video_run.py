@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgerun.devices.runner import PROMPT_FILE, REPORT_FILE, read_json
 from edgerun.errors import DeviceError
+from edgerun.models.solvers import Solver
 from edgerun.sessions.video import Clip, Leap, Progress, Stage, check_seed
 
 NOISE_FILE = "noise.f32"
@@ -38,6 +39,7 @@ class VideoRunRequest:
     noise: np.ndarray | None = None  # float32 [channels, latent frames, height, width], instead of the seed's
     guidance: float | None = None
     times: tuple[float, ...] | None = None
+    solver: Solver | None = None
     leap: Leap | None = None
     merge_steps: int | None = None
     memory_limit_bytes: int | None = None  # for all of the runner's process in RAM; None: no limit
@@ -64,6 +66,8 @@ class VideoRunRequest:
             given += ["--noise-file", f"{requests}/{NOISE_FILE}"]
         if self.times is not None:
             given += ["--times", ",".join(repr(float(time)) for time in self.times)]
+        if self.solver is not None:
+            given += ["--solver", self.solver]
         if self.leap is not None:
             given += ["--leap", _leap_text(self.leap)]
         optional = {

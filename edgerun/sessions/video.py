@@ -19,10 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from edgerun.errors import EdgerunError
+from edgerun.models.solvers import SOLVERS, Solver
 from edgerun.ops.native import native_module
 
 Stage = Literal["encode", "denoise", "decode"]
 _LEAPS = {"none": 0, "fixed": 1, "cosine": 2}
+_SOLVERS = {None: -1, **{name: index for index, name in enumerate(SOLVERS)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,7 @@ class VideoSession:
         noise: np.ndarray | None = None,
         guidance: float | None = None,
         times: Sequence[float] | None = None,
+        solver: Solver | None = None,
         leap: Leap | None = None,
         merge_steps: int | None = None,
         state: bytes | None = None,
@@ -117,8 +120,8 @@ class VideoSession:
     ) -> Clip:
         """Make the clip of the prompt `tokens`, which is encoded, denoised and decoded.
 
-        noise: float32 [channels, latent frames, height, width], instead of the seed's. guidance, times, leap and
-        merge_steps stand in for the bundle's own. state: what `state` gave after an earlier run, which goes on; tokens,
+        noise: float32 [channels, latent frames, height, width], instead of the seed's. guidance, times, solver, leap
+        and merge_steps stand in for the bundle's own. state: what `state` gave after an earlier run, which goes on; tokens,
         seed and noise are not read then. What `on_progress` raises ends the run and is raised here, as Ctrl-C is.
         Raises EdgerunError for a prompt that is empty or too long, and for options out of range.
         """
@@ -137,6 +140,7 @@ class VideoSession:
             seed=seed,
             noise=None if noise is None else np.ascontiguousarray(noise, dtype=np.float32),
             times=None if times is None else [float(time) for time in times],
+            solver=_SOLVERS[solver],
             leap=chosen,
             merge_steps=-1 if merge_steps is None else merge_steps,
             state=state,

@@ -17,7 +17,7 @@ from edgerun.models.text_to_video import VideoCheckpoint
 from tests.models import tiny_video_checkpoint
 
 SIZES = ["--prompts", "2", "--steps", "6", "--reference-steps", "8", "--evaluations", "4", "--threads", "1"]
-METHODS = ["--merge-steps", "3", "--latest-times", "0.9"]
+METHODS = ["--merge-steps", "3", "--latest-times", "0.9", "--solver-steps", "3", "--merged-solver-steps", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +41,25 @@ def test_every_method_is_measured_and_a_second_run_measures_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = rows(checkpoint, tmp_path)
-    assert list(found)[:8] == [
+    assert list(found)[:10] == [
         "plain",
         "LPL after 4",
         "LPL, cosine from 0.9",
         "TDTM, 3 steps",
         "TDTM, 3 steps, pairs, feed-forward too",
         "TDTM, 3 steps, similar pairs",
+        "ab2, 4 steps",
+        "ab2, 3 steps",
         "LPL after 4 and TDTM, 3 steps",
-        "Euler, 4 steps and TDTM, 2 steps",
+        "ab2, 4 steps and TDTM, 2 steps",
     ]
     cosine = found["LPL, cosine from 0.9"]["evaluations"]
     counts = {4, math.ceil(sum(cosine) / 2)} - {6}
-    assert set(list(found)[8:]) == {n for c in counts for n in (f"Euler, {c} steps", f"step caching at {c}")}
+    assert set(list(found)[10:]) == {n for c in counts for n in (f"Euler, {c} steps", f"step caching at {c}")}
     assert found["plain"]["evaluations"] == found["TDTM, 3 steps"]["evaluations"] == [6, 6]
     assert found["Euler, 4 steps"]["evaluations"] == found["LPL after 4"]["evaluations"] == [4, 4]
+    assert found["ab2, 4 steps"]["evaluations"] == [4, 4]
+    assert found["ab2, 4 steps"]["psnr"] != found["Euler, 4 steps"]["psnr"]
     assert found["plain"]["psnr"] != found["TDTM, 3 steps"]["psnr"]
     assert all(len(row[name]) == 2 for row in found.values() for name in ("right", *bench.MEASURES))
     shown = capsys.readouterr().out

@@ -33,8 +33,8 @@ def test_only_what_keeps_the_quality_counts() -> None:
 
 
 def test_the_methods_have_the_names_of_the_quality_file() -> None:
-    plan = video_speed.Plan("", 30, 19, (10, 30), 1, 1)
-    known = video_quality.Plan("", 1, 30, 200, 19, (0.5,), (10, 30), 0.9, 1)
+    plan = video_speed.Plan("", 30, 19, (14, 16), 16, (10, 30), 1, 1)
+    known = video_quality.Plan("", 1, 30, 200, 19, (16, 14), 16, (0.5,), (10, 30), 0.9, 1)
     named = {way.name for way in known.methods()} | {"Euler, 19 steps", video_speed.PLAIN_THAT_CAN}
     assert {way.name for way in video_speed.methods(plan)} <= named
 
@@ -56,7 +56,8 @@ def test_a_small_checkpoint_is_timed(tmp_path: pathlib.Path, capsys: pytest.Capt
     tiny_video_checkpoint.write(checkpoint, 15, 1, words=clips.caption_words(), max_tokens=32, height=32, width=32)
     folders = ["--checkpoint", str(checkpoint), "--work", str(tmp_path / "work")]
     quality, speed = str(tmp_path / "quality.json"), str(tmp_path / "speed.json")
-    same = ["--evaluations", "4", "--merge-steps", "3", "--threads", "1"]
+    same = ["--evaluations", "4", "--merge-steps", "3", "--threads", "1", "--solver-steps", "3"]
+    same += ["--merged-solver-steps", "4"]
     sizes = ["--prompts", "1", "--reference-steps", "40", "--latest-times", "0.9", "--output", quality]
     video_quality.main([*folders, *same, *sizes])
     try:

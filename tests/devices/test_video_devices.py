@@ -72,7 +72,7 @@ def test_a_board_makes_the_hosts_clip(board: Board, video: Bundle) -> None:
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({"guidance": 1.5, "leap": Leap("none"), "merge_steps": 0}, {}),
+        ({"guidance": 1.5, "solver": "ab2", "leap": Leap("none"), "merge_steps": 0}, {}),
         ({"leap": Leap("cosine", 0, 0.9, 0.5, 1), "prefetch": 0}, {"prefetch": 0}),
         ({"times": (0.9, 0.25), "leap": Leap("fixed", 2), "memory_limit_bytes": 10**9}, {"memory_limit_bytes": 10**9}),
     ],
@@ -80,7 +80,8 @@ def test_a_board_makes_the_hosts_clip(board: Board, video: Bundle) -> None:
 def test_options_go_through(video: Bundle, changes: dict, options: dict) -> None:
     request = dataclasses.replace(VideoRunRequest(TOKENS, seed=2**64 - 1, threads=1), **changes)
     there = open_device("host").run(video.path, request).clip
-    given = {name: value for name, value in changes.items() if name in ("guidance", "leap", "merge_steps", "times")}
+    of_both = ("guidance", "solver", "leap", "merge_steps", "times")
+    given = {name: value for name, value in changes.items() if name in of_both}
     here = VideoSession(video.path, threads=1, **options).generate(TOKENS, seed=2**64 - 1, **given)
     assert (there.latents == here.latents).all() and (there.frames == here.frames).all()
     assert there.evaluations == here.evaluations

@@ -10,6 +10,7 @@ import torch
 
 from edgerun import compare
 from edgerun.models import rectified_flow
+from edgerun.models.solvers import Solver
 from edgerun.techniques.linear_proportional_leap import CosineLeap, FixedLeap
 from tests.models.small_stdit import FPS, PIXELS, SMALL, formula, random_model
 
@@ -84,6 +85,38 @@ def test_euler_steps_are_those_of_the_formula() -> None:
         factor *= 1 + t * (t - following)
     done = rectified_flow.sample(lambda x, t: x * t, torch.ones(1, dtype=torch.float64), times)
     assert float(done.latents) == pytest.approx(factor, rel=1e-12)
+
+
+def test_second_order_steps_are_those_of_the_formula() -> None:
+    """v = x t and steps of any length: each goes along the line through two velocities, at its middle."""
+    times = [1.0, 0.9, 0.5, 0.45, 0.1]
+    x, before = 1.0, None
+    for t, following in zip(times, [*times[1:], 0.0], strict=True):
+        v = x * t
+        middle = v if before is None else v + (v - before[1]) / (t - before[0]) * ((t + following) / 2 - t)
+        x, before = x + middle * (t - following), (t, v)
+    done = rectified_flow.sample(lambda x, t: x * t, torch.ones(1, dtype=torch.float64), times, solver="ab2")
+    assert float(done.latents) == pytest.approx(x, rel=1e-12) and done.evaluations == len(times)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
+def test_the_order_of_a_solver(solver: Solver, order: int) -> None:
+    """Of dx/dt = -x t, whose solution from 1 at t = 1 is exp(1 / 2) at 0: twice the steps, the error by 2^order."""
+    one = torch.ones(1, dtype=torch.float64)
+    errors = [
+        abs(float(rectified_flow.sample(lambda x, t: x * t, one, times, solver=solver).latents) - math.exp(0.5))
+        for times in (rectified_flow.times(steps, 2.0) for steps in (200, 400))
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.02)
+
+
+def test_a_leap_ends_second_order_steps_along_the_velocity_as_it_is() -> None:
+    times = rectified_flow.times(6, 1.5)
+    states: list[torch.Tensor] = []
+    one = torch.ones(1, dtype=torch.float64)
+    rectified_flow.sample(lambda x, t: x * t, one, times, on_step=lambda _, x: states.append(x), solver="ab2")
+    done = rectified_flow.sample(lambda x, t: x * t, one, times, FixedLeap(3), solver="ab2")
+    assert float(done.latents) == pytest.approx(float(states[1] + states[1] * times[2] * times[2]), rel=1e-12)
 
 
 def test_guidance() -> None:

@@ -19,11 +19,13 @@ import torch
 from edgerun import compare
 from edgerun._library import runner_path
 from edgerun.errors import BundleError, EdgerunError
+from edgerun.models.solvers import Solver
 from edgerun.sessions.video import Leap, Progress, VideoSession
 from tests.sessions.tiny_video import (
     CHANNELS,
     COLUMNS,
     FRAMES,
+    GUIDANCE,
     MAX_TOKENS,
     ROWS,
     TIMES,
@@ -109,6 +111,33 @@ def test_guidance_times_and_noise_can_be_given(model: TinyVideo, session: VideoS
     assert clip.frames.shape[0] == 0
 
 
+def second_order(model: TinyVideo, times: list[float], merge_steps: int = 0) -> list[tuple[float, torch.Tensor]]:
+    """Latent and velocity after every step: each goes along the line through two velocities, at its middle."""
+    x, y, found, before = noise_of(7), model.encode(PROMPT), [], None
+    for index, (t, following) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
+        v = model.velocity(x, t, y, index < merge_steps, GUIDANCE)
+        middle = v if before is None else v + (v - before[1]) / (t - before[0]) * ((t + following) / 2 - t)
+        x = x + middle * (t - following)
+        before = (t, v)
+        found.append((x, v))
+    return found
+
+
+@pytest.mark.parametrize("merge_steps", [0, 2])
+def test_second_order_steps(model: TinyVideo, session: VideoSession, euler: list, merge_steps: int) -> None:
+    times = [1.0, 0.9, 0.55, 0.5, 0.2]
+    clip = session.generate(PROMPT, seed=7, solver="ab2", times=times, merge_steps=merge_steps, decode=False)
+    expected = second_order(model, times, merge_steps)
+    assert_same(clip.latents, expected[-1][0])
+    assert clip.evaluations == len(times)
+    first = session.generate(PROMPT, seed=7, solver="euler", times=times, merge_steps=merge_steps, decode=False)
+    assert compare.relative_l2(clip.latents, first.latents) > 1e-2
+    leapt = session.generate(
+        PROMPT, seed=7, solver="ab2", times=times, leap=Leap("fixed", 3), merge_steps=merge_steps, decode=False
+    )
+    assert_same(leapt.latents, expected[1][0] + expected[2][1] * times[2])  # a leap follows the velocity as it is
+
+
 @pytest.mark.parametrize("prompt", [[0], list(range(MAX_TOKENS))])
 def test_prompts_of_any_length(model: TinyVideo, session: VideoSession, prompt: list[int]) -> None:
     clip = session.generate(prompt, seed=7, decode=False)
@@ -184,22 +213,24 @@ def test_the_eager_sampler_agrees(model: TinyVideo, session: VideoSession) -> No
         assert_same(clip.latents, sampled.latents)
 
 
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
 @pytest.mark.parametrize("leap", [Leap("none"), Leap("fixed", 5), Leap("cosine", 0, 0.6, 2.5, 3)])
 @pytest.mark.parametrize("stop_at", [("denoise", 0), ("denoise", 3), ("decode", 1), ("decode", 5)])
 def test_a_cancelled_run_goes_on_to_the_same_bits(
-    bundle: pathlib.Path, session: VideoSession, leap: Leap, stop_at: tuple[str, int]
+    bundle: pathlib.Path, session: VideoSession, leap: Leap, solver: Solver, stop_at: tuple[str, int]
 ) -> None:
-    expected = session.generate(PROMPT, seed=7, leap=leap)
+    expected = session.generate(PROMPT, seed=7, solver=solver, leap=leap)
 
     def stop(progress: Progress) -> None:
         if (progress.stage, progress.done) == stop_at:
             session.cancel()
 
-    stopped = session.generate(PROMPT, seed=7, leap=leap, on_progress=stop)
+    stopped = session.generate(PROMPT, seed=7, solver=solver, leap=leap, on_progress=stop)
     assert stopped.cancelled and stopped.evaluations <= expected.evaluations
     saved = session.state
     told: list[Progress] = []
-    clip = VideoSession(bundle, threads=1).generate([], leap=leap, state=saved, on_progress=told.append)
+    other = VideoSession(bundle, threads=1)
+    clip = other.generate([], solver=solver, leap=leap, state=saved, on_progress=told.append)
     assert (clip.latents == expected.latents).all() or stop_at[0] == "decode"
     assert (clip.frames == expected.frames).all()
     assert clip.evaluations == expected.evaluations
@@ -348,6 +379,7 @@ def put(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
         (drop("video", "times"), "no usable 'video.times'"),
         (put(0, "video", "latent", "frames"), "latent.frames = 0"),
         (put(12, "video", "frames"), "not the same number of chunks"),
+        (put("heun", "video", "solver"), "video.solver is 'heun', none of euler and ab2: update edgerun"),
         (put("maybe", "video", "leap", "kind"), "knows none, fixed and cosine"),
         (put({"kind": "fixed", "evaluations": 0}, "video", "leap"), "a leap after 0 evaluations"),
         (put([[1.0]], "video", "merge", "matrix"), "'video.merge.matrix' is not a matrix of 1 × 5"),
@@ -508,6 +540,7 @@ def test_the_first_pass_stays_within_the_memory_limit(wide: pathlib.Path, tmp_pa
     [
         (["--top-k", "3"], "--top-k is no option for a bundle of kind 'video'"),
         (["--memory-limit", "much"], "--memory-limit is 'much'; it must be a size"),
+        (["--solver", "heun"], "--solver is 'heun'; it must be euler or ab2"),
         (["--leap", "soon"], "--leap is 'soon'; it must be none, fixed:EVALUATIONS or"),
         (["--memory-limit", "1MB"], "a memory limit of 1000000 bytes is below"),
         (["--state-in", "/nowhere"], "--state-in: /nowhere cannot be read"),
