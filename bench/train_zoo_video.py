@@ -30,11 +30,12 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from bench.zoo_video_autoencoder import load_vae, train_decoder, train_frames, train_time
-from bench.zoo_video_common import BASE, FPS, FRAMES, GUIDANCE, SIDE, STEPS, mixed
+from bench.zoo_video_common import FPS, FRAMES, GUIDANCE, SAMPLING_BASE, SIDE, STEPS, mixed
 from bench.zoo_video_denoiser import Words, generate, load_networks, train_denoiser, train_text
 from edgerun.commands.common import begin_report
 from edgerun.evaluation import clips
 from edgerun.evaluation.statistics import wilson_interval
+from edgerun.models.solvers import SOLVERS, Solver
 from edgerun.report import Cell, Column, Estimate, Table, write_json
 
 ATTRIBUTES = ("colour", "shape", "motion", "all")
@@ -58,7 +59,15 @@ def score(name: str, videos: Callable[[list[clips.Clip]], torch.Tensor], wanted:
     return (name, *shares)
 
 
-def check(out: pathlib.Path, count: int, device: str, guidance: float, steps: int, to: pathlib.Path | None) -> None:
+def check(
+    out: pathlib.Path,
+    count: int,
+    device: str,
+    guidance: float,
+    steps: int,
+    solver: Solver,
+    to: pathlib.Path | None,
+) -> None:
     """Detectors on real clips, on what the autoencoder makes of them, and on what the model makes of captions."""
     if to is not None:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +86,13 @@ def check(out: pathlib.Path, count: int, device: str, guidance: float, steps: in
         networks = load_networks(out, words, device)
 
         def made(part: list[clips.Clip], seed: int) -> torch.Tensor:
-            return generate(networks, vae, words, [clip.caption() for clip in part], device, seed, steps, guidance)
+            captions = [clip.caption() for clip in part]
+            return generate(networks, vae, words, captions, device, seed, steps, guidance, solver)
 
         for split in ("seen", "held_out"):
             chosen = clips.prompts(count, 42, split)  # type: ignore[arg-type]
             rows.append(score(f"generated, combinations {split.replace('_', ' ')}", made, chosen))
-    note = f"{count} clips each; generated in {steps} steps with guidance {guidance:g}, bfloat16 products in torch."
+    note = f"{count} clips each; generated in {steps} steps of {solver}, guidance {guidance:g}, bfloat16 products."
     if to is not None:
         table = Table("As the caption says, read back from the pixels", _COLUMNS, tuple(rows), note)
         command = f"{pathlib.Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
@@ -123,7 +133,7 @@ def export(out: pathlib.Path, to: pathlib.Path) -> None:
         "fps": FPS,
         "steps": STEPS,
         "guidance": GUIDANCE,
-        "schedule_base": BASE,
+        "schedule_base": SAMPLING_BASE,
     }
     (to / "video.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{sum(f.stat().st_size for f in to.rglob('*') if f.is_file()) / 1e6:.1f} MB in {to}")
@@ -151,6 +161,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="prompts to check")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--solver", choices=SOLVERS, default="euler")
     parser.add_argument("--to", type=pathlib.Path, help="export: folder; check: report; show: image to write")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +191,7 @@ def main() -> None:
             given.optimizer == "muon",
         )
     elif given.stage == "check":
-        check(given.out, given.count, given.device, given.guidance, given.steps, given.to)
+        check(given.out, given.count, given.device, given.guidance, given.steps, given.solver, given.to)
     elif given.stage == "show":
         show(given.out, given.device, given.to or given.out / "sheet.png", given.guidance)
     else:

@@ -18,6 +18,7 @@ from bench.zoo_video_common import (
     FRAMES,
     GUIDANCE,
     MAX_TOKENS,
+    SAMPLING_BASE,
     SIDE,
     SPREAD,
     STEPS,
@@ -37,6 +38,7 @@ from bench.zoo_video_common import (
 )
 from edgerun.evaluation import clips
 from edgerun.models import rectified_flow
+from edgerun.models.solvers import Solver
 from edgerun.models.stdit import Stdit, initialize
 from edgerun.models.temporal_vae import VideoAutoencoder
 from edgerun.models.text_encoder import build_word_tokenizer
@@ -361,6 +363,7 @@ def generate(
     seed: int,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
+    solver: Solver = "euler",
 ) -> torch.Tensor:
     """Videos [B, 3, T, H, W] in [-1, 1]."""
     rows = [words.encode(caption) for caption in captions]
@@ -377,8 +380,8 @@ def generate(
             )
         return rectified_flow.guide(*both.chunk(2), guidance)
 
-    ratio = rectified_flow.shift_ratio((SIDE, SIDE), FRAMES, BASE)
-    latents = rectified_flow.sample(velocity, noise, rectified_flow.times(steps, ratio)).latents
+    ratio = rectified_flow.shift_ratio((SIDE, SIDE), FRAMES, SAMPLING_BASE)
+    latents = rectified_flow.sample(velocity, noise, rectified_flow.times(steps, ratio), solver=solver).latents
     with mixed(device):
         return vae.decode(latents, FRAMES).float().clamp(-1, 1)
 

@@ -12,7 +12,7 @@ import pytest
 
 from edgerun import cli
 from edgerun.commands import demo_video
-from edgerun.commands.demo_video import FASTEST, PLAIN, REFERENCE, STREAMED, TOGETHER, Made
+from edgerun.commands.demo_video import FASTEST, FEWER, LEAP, MERGED, PAPERS, PLAIN, REFERENCE, STREAMED, TOGETHER, Made
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import clips
 from edgerun.models import rectified_flow
@@ -22,8 +22,6 @@ from tests.models import tiny_video_checkpoint
 
 __all__ = ["chromium"]  # a fixture
 
-LEAP = {"kind": "fixed", "evaluations": 19, "latest_time": 0.5, "tolerance": 1e-3, "patience": 3}
-VIDEO: dict[str, Any] = {"leap": LEAP, "merge": {"steps": 10}}
 MADE = Made(
     frames=np.zeros((2, 4, 4, 3), np.uint8),
     seconds=2.0,
@@ -46,22 +44,20 @@ def test_more_steps_of_the_same_schedule(ratio: float) -> None:
 
 
 def test_each_technique_alone_and_all_together() -> None:
-    leap, merged, both, streamed, together = demo_video.techniques(VIDEO, 1000)
-    assert (leap.leap, leap.merge_steps, leap.memory_limit_bytes) == (Leap("fixed", 19), 0, None)
-    assert (merged.leap, merged.merge_steps, merged.memory_limit_bytes) == (Leap("none"), 10, None)
-    assert (both.name, both.leap, both.merge_steps) == (FASTEST, Leap("fixed", 19), 10)
-    assert both.memory_limit_bytes is None
-    assert (streamed.leap, streamed.merge_steps, streamed.memory_limit_bytes) == (Leap("none"), 0, 1000)
-    assert (together.leap, together.merge_steps, together.memory_limit_bytes) == (Leap("fixed", 19), 10, 1000)
-
-
-def test_a_technique_that_is_off_is_left_out() -> None:
-    without = {"leap": {**LEAP, "kind": "none"}}
-    assert [method.name for method in demo_video.techniques(without, 1000)] == [STREAMED, TOGETHER]
+    fewer, leap, merged, streamed, papers, fastest, together = demo_video.techniques(1000)
+    assert (fewer.steps, fewer.solver, fewer.leap) == (12, "ab2", Leap("none"))
+    assert (leap.steps, leap.solver, leap.leap) == (None, "euler", Leap("fixed", 19))
+    assert (merged.steps, merged.leap, streamed.leap) == (None, Leap("none"), Leap("none"))
+    assert [one.merged_share for one in (fewer, leap, streamed)] == [0, 0, 0]
+    assert merged.merged_share == papers.merged_share == fastest.merged_share > 0
+    assert (papers.solver, papers.leap, fastest.solver, fastest.steps) == ("euler", Leap("fixed", 19), "ab2", 12)
+    assert dataclasses.replace(together, name=FASTEST, memory_limit_bytes=None) == fastest
+    limits = [one.memory_limit_bytes for one in (fewer, leap, merged, streamed, papers, fastest, together)]
+    assert limits == [None, None, None, 1000, 1000, None, 1000]
 
 
 def test_gates_see_another_clip_a_limit_that_does_not_hold_and_programs_that_stayed() -> None:
-    made = {PLAIN: [MADE], STREAMED: [MADE], TOGETHER: [MADE]}
+    made = {PLAIN: [MADE], STREAMED: [MADE], PAPERS: [MADE], TOGETHER: [MADE]}
     assert all(check.passed for check in demo_video._checks(made, 100))
     assert [check.passed for check in demo_video._checks(made, 99)] == [True, True, False]
     other = dataclasses.replace(MADE, frames=MADE.frames + np.uint8(1))
@@ -73,14 +69,14 @@ def test_gates_see_another_clip_a_limit_that_does_not_hold_and_programs_that_sta
 def test_the_verdict_counts_what_is_right() -> None:
     fast = dataclasses.replace(MADE, denoise_seconds=0.5, evaluations=19, peak_rss_bytes=50 * 2**20, right=False)
     plain = dataclasses.replace(MADE, peak_rss_bytes=80 * 2**20)
-    made = {PLAIN: [plain, plain], TOGETHER: [fast, dataclasses.replace(fast, right=True)]}
+    made = {PLAIN: [plain, plain], FASTEST: [fast, fast], TOGETHER: [fast, dataclasses.replace(fast, right=True)]}
     assert demo_video._verdict(made) == (
-        "All techniques together, blocks streamed, denoise 3.00 times as fast, 19 evaluations instead of 30, in a "
-        "process of 50 MiB instead of 80 MiB; 1 of 2 clips are what the caption says, of plain sampling 2. "
-        "Means of 2 captions; bench/workloads/video_quality.py measures quality with intervals."
+        "ab2, 12 steps, TDTM denoises 3.00 times as fast as plain sampling, 19 evaluations instead of 30. All "
+        "together, its blocks streamed too, it is 3.00 times as fast in a process of 50 MiB instead of 80 MiB. 1 of 2 clips are "
+        "what the caption says, of plain sampling 2. Means of 2 captions; bench/workloads/video_quality.py measures "
+        "quality with intervals."
     )
     said = demo_video._verdict({PLAIN: [plain], FASTEST: [fast], TOGETHER: [fast]})
-    assert said.startswith("LPL and TDTM together denoise 3.00 times as fast as plain sampling. All techniques ")
     assert "0 of 1 clip is what the caption says, of plain sampling 1. One caption; " in said
 
 
@@ -126,14 +122,14 @@ def test_the_whole_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, 
     words = clips.caption_words()
     source = tiny_video_checkpoint.write(tmp_path / "a model", words=words, max_tokens=20, height=32, width=32)
     monkeypatch.setattr(demo_video, "LIMIT_SHARE", 2.0)  # the model is so small that the process is most of it
-    monkeypatch.setattr(demo_video, "RECIPE", dataclasses.replace(demo_video.RECIPE, leap_evaluations=2, merge_steps=3))
+    monkeypatch.setattr(demo_video, "LEAP_AFTER", 2)
     report = demo_video.demonstrate(tmp_path / "out put", exporter, str(source), 2)
     assert [check.passed for check in report.checks] == [False, True, True]  # with so much room nothing streams
     table = report.tables[0]
     names = [row[0] for row in table.rows]
-    assert names == [REFERENCE, PLAIN, "LPL", "TDTM", FASTEST, STREAMED, TOGETHER]
+    assert names == [REFERENCE, PLAIN, FEWER, LEAP, MERGED, STREAMED, PAPERS, FASTEST, TOGETHER]
     evaluations = {row[0]: row[3] for row in table.rows}
-    assert [evaluations[name] for name in names] == [200, 4, 2, 4, 2, 4, 2]
+    assert [evaluations[name] for name in names] == [200, 4, 12, 2, 4, 4, 2, 12, 12]
     written = {path.name for path in (tmp_path / "out put").iterdir()}
     clip_names = {f"{name}_{index}.mp4" for name in ("plain", "all_together") for index in range(2)}
     assert written == {demo_video.BUNDLE, demo_video.PAGE, demo_video.VALUES} | clip_names

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgerun import compare
 from edgerun.commands.common import Clock, Exporter, begin_report, checkpoint_path, make_folder, stage_bar
+from edgerun.models.solvers import Solver
 from edgerun.report import Cell, Check, Column, Estimate, MovingPicture, Report, Table, write_json
 from edgerun.report_html import write_html
 from edgerun.sessions.video import Leap
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
     from edgerun.devices import VideoRunReport
     from edgerun.evaluation.clips import Clip
 
+FEW_STEPS = 12  # of the second-order sampler
+LEAP_AFTER = 19
+MERGED_SHARE = 1.0  # of the steps, whatever their number
 # Few frames a call: else the decoder, not the denoiser, sets the memory of so small a model.
-RECIPE = VideoRecipe(leap="fixed", leap_evaluations=19, merge_steps=30, frames_per_call=3)
+RECIPE = VideoRecipe(merge_possible=True, frames_per_call=3)
 CAPTIONS, CAPTIONS_SEED = 1, 7  # one: all of it takes less than a minute on two cores
 REFERENCE_STEPS = 200
 LIMIT_SHARE = 0.85  # of plain sampling's peak RSS: the memory limit where programs stream
 BUNDLE, PAGE, VALUES = "video.edgerun", "report.html", "report.json"
 REFERENCE, PLAIN = f"reference, {REFERENCE_STEPS} steps", "plain"
-FASTEST, STREAMED, TOGETHER = "LPL and TDTM", "blocks streamed", "all together"
+FEWER, LEAP, MERGED, STREAMED = f"ab2, {FEW_STEPS} steps", "LPL", "TDTM", "blocks streamed"
+PAPERS, FASTEST, TOGETHER = "LPL, TDTM, streamed", f"ab2, {FEW_STEPS} steps, TDTM", "all together"
 
 _COLUMNS = (
     Column("method"),
@@ -53,9 +58,10 @@ class Method:
     """A way to run the bundle. steps: None for the bundle's own."""
 
     name: str
-    leap: Leap = dataclasses.field(default_factory=lambda: Leap("none"))
-    merge_steps: int = 0
     steps: int | None = None
+    solver: Solver = "euler"
+    leap: Leap = dataclasses.field(default_factory=lambda: Leap("none"))
+    merged_share: float = 0.0  # of the steps
     memory_limit_bytes: int | None = None
 
 
@@ -76,19 +82,19 @@ class Made:
     dynamic_degree: float
 
 
-def techniques(video: dict[str, Any], memory_limit_bytes: int) -> list[Method]:
-    """Each technique of a manifest's "video" alone, and all of them."""
-    leap = Leap(**{field.name: video["leap"][field.name] for field in dataclasses.fields(Leap)})
-    merged = video["merge"]["steps"] if "merge" in video else 0
-    found = []
-    if leap.kind != "none":
-        found.append(Method("LPL", leap))
-    if merged:
-        found.append(Method("TDTM", merge_steps=merged))
-    if len(found) == 2:
-        found.append(Method(FASTEST, leap, merged))
-    found.append(Method(STREAMED, memory_limit_bytes=memory_limit_bytes))
-    return [*found, Method(TOGETHER, leap, merged, None, memory_limit_bytes)]
+def techniques(memory_limit_bytes: int) -> list[Method]:
+    """Each technique alone, those of the paper together, and the fastest, in memory and with its blocks streamed."""
+    leap = Leap("fixed", LEAP_AFTER)
+    few = Method(FASTEST, FEW_STEPS, "ab2", merged_share=MERGED_SHARE)
+    return [
+        Method(FEWER, FEW_STEPS, "ab2"),
+        Method(LEAP, leap=leap),
+        Method(MERGED, merged_share=MERGED_SHARE),
+        Method(STREAMED, memory_limit_bytes=memory_limit_bytes),
+        Method(PAPERS, leap=leap, merged_share=MERGED_SHARE, memory_limit_bytes=memory_limit_bytes),
+        few,
+        dataclasses.replace(few, name=TOGETHER, memory_limit_bytes=memory_limit_bytes),
+    ]
 
 
 def respaced(times: Sequence[float], steps: int) -> list[float]:
@@ -132,7 +138,7 @@ def demonstrate(
                 made.setdefault(method.name, []).append(_measured(_run(bundle, clip, seed, method), clip, best))
             limit = limit or int(LIMIT_SHARE * made[PLAIN][0].peak_rss_bytes)
             best = made[REFERENCE][seed].frames
-            for method in techniques(video, limit):
+            for method in techniques(limit):
                 made.setdefault(method.name, []).append(_measured(_run(bundle, clip, seed, method), clip, best))
     assert limit is not None
     shown: list[MovingPicture] = []
@@ -160,12 +166,15 @@ def _run(bundle: Bundle, clip: Clip, seed: int, method: Method) -> VideoRunRepor
     from edgerun.commands.video import prompt_tokenizer, prompt_tokens
     from edgerun.devices import VideoRunRequest, open_device
 
+    own = bundle.manifest["video"]["times"]
+    times = own if method.steps is None else respaced(own, method.steps)
     request = VideoRunRequest(
         tokens=prompt_tokens(prompt_tokenizer(bundle), clip.caption()),
         seed=seed,
-        times=None if method.steps is None else tuple(respaced(bundle.manifest["video"]["times"], method.steps)),
+        times=tuple(times),
+        solver=method.solver,
         leap=method.leap,
-        merge_steps=method.merge_steps,
+        merge_steps=round(method.merged_share * len(times)),
         memory_limit_bytes=method.memory_limit_bytes,
     )
     return open_device("host").run(bundle.path, request)
@@ -229,7 +238,7 @@ def _checks(made: dict[str, list[Made]], limit: int) -> tuple[Check, ...]:
     """Programs stream, which changes nothing, and holds the limit."""
     pairs = zip(made[PLAIN], made[STREAMED], strict=True)
     levels = max(compare.max_abs(streamed.frames, plain.frames) for plain, streamed in pairs)
-    limited = [one for name in (STREAMED, TOGETHER) for one in made[name]]
+    limited = [one for name in (STREAMED, PAPERS, TOGETHER) for one in made[name]]
     peak, streamed = max(one.peak_rss_bytes for one in limited), sum(one.streams for one in limited)
     return (
         Check("runs with a limit whose programs stream", streamed, len(limited), True, streamed == len(limited)),
@@ -259,25 +268,25 @@ def _verdict(made: dict[str, list[Made]]) -> str:
     count = len(made[PLAIN])
     evaluations = f"{mean(TOGETHER, 'evaluations'):g} evaluations instead of {mean(PLAIN, 'evaluations'):g}"
     memory = f"{peak(TOGETHER):.0f} MiB instead of {peak(PLAIN):.0f} MiB"
-    fast = f"{FASTEST} together denoise {speed(FASTEST)} as fast as plain sampling. " if FASTEST in made else ""
     return (
-        f"{fast}All techniques together, blocks streamed, denoise {speed(TOGETHER)} as fast, {evaluations}, in a "
-        f"process of {memory}; {right[TOGETHER]} of {count} {'clip is' if count == 1 else 'clips are'} what the "
-        f"caption says, of plain sampling {right[PLAIN]}. "
+        f"{FASTEST} denoises {speed(FASTEST)} as fast as plain sampling, {evaluations}. All together, its blocks "
+        f"streamed too, it is {speed(TOGETHER)} as fast in a process of {memory}. {right[TOGETHER]} of {count} "
+        f"{'clip is' if count == 1 else 'clips are'} what the caption says, of plain sampling {right[PLAIN]}. "
         f"{'One caption' if count == 1 else f'Means of {count} captions'}; "
         "bench/workloads/video_quality.py measures quality with intervals."
     )
 
 
 def _facts(model: str, bundle: Bundle, limit: int) -> tuple[tuple[str, Cell], ...]:
-    from edgerun.commands.video import leap_text, merge_text
+    from edgerun.commands.video import sampler_text
 
     video = bundle.manifest["video"]
     return (
         ("model", model),
         ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
-        ("sampler", f"{video['steps']} steps, guidance {video['guidance']:g}"),
-        ("techniques", f"LPL {leap_text(video['leap'])}, {merge_text(video)}"),
+        ("plain sampling", sampler_text(video)),
+        ("LPL", f"after {LEAP_AFTER} evaluations"),
+        ("TDTM", f"in {MERGED_SHARE:.0%} of the steps"),
         ("memory limit where programs stream", f"{limit / 2**20:.1f} MiB, {LIMIT_SHARE:.0%} of plain sampling's peak"),
         ("programs", sum(len(names) for names in bundle.manifest["chains"].values())),
     )
@@ -287,6 +296,6 @@ def _note(video: dict[str, Any]) -> str:
     return (
         "Means over the captions, times with their range, peak RSS the largest. A caption's noise is the same for "
         "all. PSNR and SSIM are against the reference's clip; colour, shape and motion are read back from the pixels. "
-        f"{video['steps']} steps but for the reference. With a limit, programs are loaded when they are needed, here "
-        "from the page cache, and the whole process stays below it; without, all of a stage are in memory."
+        f"{video['steps']} Euler steps where no number is said. With a limit, programs are loaded when they are "
+        "needed, here from the page cache, and the whole process stays below it; without, all of a stage are in memory."
     )

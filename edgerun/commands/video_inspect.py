@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgerun.commands.video import leap_text, merge_text
+from edgerun.commands.video import leap_text, merge_text, sampler_text
 from edgerun.report import Cell, Column, Table
 
 _ELEMENT_BYTES = {"float32": 4, "int64": 8, "bool": 1}
@@ -22,7 +22,7 @@ def video_facts(manifest: Mapping[str, Any]) -> list[tuple[str, Cell]]:
         ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
         ("latent", latent),
         ("prompt", f"at most {manifest['tokens']['max_prompt_tokens']} tokens"),
-        ("sampler", f"{len(video['times'])} steps, guidance {video['guidance']:g}"),
+        ("sampler", sampler_text(video)),
         ("techniques", f"LPL {leap_text(video['leap'])}, {merge_text(video)}"),
         ("largest program", f"{largest}, {sizes[largest] / 2**20:.2f} MiB"),
         (

@@ -24,7 +24,6 @@ from edgerun.ops.native import native_module
 
 Stage = Literal["encode", "denoise", "decode"]
 _LEAPS = {"none": 0, "fixed": 1, "cosine": 2}
-_SOLVERS = {None: -1, **{name: index for index, name in enumerate(SOLVERS)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +120,9 @@ class VideoSession:
         """Make the clip of the prompt `tokens`, which is encoded, denoised and decoded.
 
         noise: float32 [channels, latent frames, height, width], instead of the seed's. guidance, times, solver, leap
-        and merge_steps stand in for the bundle's own. state: what `state` gave after an earlier run, which goes on; tokens,
-        seed and noise are not read then. What `on_progress` raises ends the run and is raised here, as Ctrl-C is.
+        and merge_steps stand in for the bundle's own. state: what `state` gave after an earlier run, which goes on;
+        tokens, seed and noise are not read then. What `on_progress` raises ends the run and is raised here, as Ctrl-C
+        is.
         Raises EdgerunError for a prompt that is empty or too long, and for options out of range.
         """
         check_seed(seed)
@@ -140,7 +140,7 @@ class VideoSession:
             seed=seed,
             noise=None if noise is None else np.ascontiguousarray(noise, dtype=np.float32),
             times=None if times is None else [float(time) for time in times],
-            solver=_SOLVERS[solver],
+            solver=-1 if solver is None else SOLVERS.index(solver),
             leap=chosen,
             merge_steps=-1 if merge_steps is None else merge_steps,
             state=state,
