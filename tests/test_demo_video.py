@@ -73,8 +73,8 @@ def test_the_verdict_counts_what_is_right() -> None:
     assert demo_video._verdict(made) == (
         "ab2, 12 steps, TDTM denoises 3.00 times as fast as plain sampling, 19 evaluations instead of 30. All "
         "together, its blocks streamed too, it is 3.00 times as fast in a process of 50 MiB instead of 80 MiB. 1 of 2 "
-        "clips are what the caption says, of plain sampling 2. Means of 2 captions; bench/workloads/video_quality.py measures "
-        "quality with intervals."
+        "clips are what the caption says, of plain sampling 2. Means of 2 captions; bench/workloads/video_quality.py "
+        "measures quality with intervals."
     )
     said = demo_video._verdict({PLAIN: [plain], FASTEST: [fast], TOGETHER: [fast]})
     assert "0 of 1 clip is what the caption says, of plain sampling 1. One caption; " in said
