@@ -66,8 +66,8 @@ class Session {
 
   // leap: (kind, evaluations, latest_time, tolerance, patience)
   py::tuple generate(const std::vector<int64_t>& ids, double guidance, uint64_t seed,
-                     const std::optional<Floats>& noise, const std::optional<std::vector<double>>& times,
-                     int solver, const std::tuple<int, int64_t, double, double, int64_t>& leap, int64_t merge_steps,
+                     const std::optional<Floats>& noise, const std::optional<std::vector<double>>& times, int solver,
+                     const std::tuple<int, int64_t, double, double, int64_t>& leap, int64_t merge_steps,
                      const std::optional<std::string>& state, bool decode, std::optional<py::function> on_progress) {
     Listener listener{std::move(on_progress), nullptr};
     const edgerun_video_info shape = info();
@@ -142,8 +142,8 @@ void register_video(py::module_& module) {
       .def(py::init<const std::string&, bool, int32_t, int32_t, int64_t>(), py::arg("path"), py::arg("verify"),
            py::arg("threads"), py::arg("prefetch"), py::arg("memory_limit_bytes"))
       .def("generate", &Session::generate, py::arg("ids"), py::arg("guidance"), py::arg("seed"), py::arg("noise"),
-           py::arg("times"), py::arg("solver"), py::arg("leap"), py::arg("merge_steps"), py::arg("state"), py::arg("decode"),
-           py::arg("on_progress"))
+           py::arg("times"), py::arg("solver"), py::arg("leap"), py::arg("merge_steps"), py::arg("state"),
+           py::arg("decode"), py::arg("on_progress"))
       .def("state", &Session::state)
       .def("report", &Session::report)
       .def("cancel", &Session::cancel)

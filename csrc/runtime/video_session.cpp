@@ -192,7 +192,8 @@ Status VideoSession::set_memory_limit(int64_t bytes) {
 
 Status VideoSession::settings(const VideoRun& run, Settings* settings) const {
   *settings = {run.guidance.value_or(bundle_.guidance), run.times.value_or(bundle_.times),
-               run.solver.value_or(bundle_.solver), run.leap.value_or(bundle_.leap), run.merge_steps.value_or(bundle_.merge_steps)};
+               run.solver.value_or(bundle_.solver), run.leap.value_or(bundle_.leap),
+               run.merge_steps.value_or(bundle_.merge_steps)};
   if (!std::isfinite(settings->guidance)) return invalid("the guidance is not a finite number: give one, as 7");
   for (size_t i = 0; i < settings->times.size(); ++i) {
     const double time = settings->times[i];

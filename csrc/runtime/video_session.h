@@ -139,7 +139,7 @@ class VideoSession {
 
   std::vector<float> x_, velocity_, previous_velocity_;  // [C, T, h, w]; the last is empty where nothing looks back
   double previous_time_ = 0.0;
-  Value y_;                          // [1, n, caption channels]
+  Value y_;  // [1, n, caption channels]
   std::optional<LeapRule> rule_;
   int64_t next_step_ = 0, evaluations_ = 0;
   bool has_state_ = false;
