@@ -16,7 +16,7 @@ struct VideoState {
   int64_t next_step = 0, evaluations = 0;
   std::vector<float> x;  // the latent before that step
   std::vector<int64_t> y_sizes;
-  std::vector<float> y;  // text features
+  std::vector<float> y;                  // text features
   double previous_time = 0.0;            // of the last evaluation, with the next one; only where a solver looks back
   std::vector<float> previous_velocity;  // as x, or empty
   LeapRule::State leap;
