@@ -1,6 +1,6 @@
 """What LPL, TDTM and block streaming gain one by one and together, computed from the runs of full_size_video.py.
 
-    expected = evaluations without LPL / with LPL  x  plain step / merged step  x  streaming by the formula
+    expected = evaluations of plain steps / with LPL  x  plain step / merged step  x  streaming by the formula
 
 The denoiser's short run is measured end to end: all its steps plain, one block after another, without blocks that stay,
 over the same run with all three techniques; the ratio is of the walls of the whole stage, first passes included, which
@@ -47,23 +47,23 @@ PAPER = {
     "streaming_ratio": _PAPER_PLAIN_S / 947.7,
     "ratio": _PAPER_PLAIN_S / 454.5,
 }
-_NAMES = {"evaluations_ratio": "evaluations (LPL)", "tdtm_ratio": "TDTM", "streaming_ratio": "streaming, by formula"}
+_NAMES = {"evaluations_ratio": "evaluations", "tdtm_ratio": "TDTM", "streaming_ratio": "streaming, by formula"}
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeRun:
-    """The run that is extrapolated to; leap and merge_steps are what the quality tables decide."""
+    """The run that is extrapolated to; evaluations and merge_steps are what the quality tables decide."""
 
     steps: int = 30
-    leap: int = 19  # evaluations
+    evaluations: int = 19  # instead of as many as steps, by a leap or by a sampler that needs fewer steps
     merge_steps: int = 15  # first steps with merged frames, by default
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are of no run."""
-        if not (1 <= self.leap <= self.steps and 0 <= self.merge_steps <= self.steps):
+        if not (1 <= self.evaluations <= self.steps and 0 <= self.merge_steps <= self.steps):
             raise ValueError(
-                f"a leap after {self.leap} and {self.merge_steps} merged steps of {self.steps}: both are at most the "
-                "steps, and the leap is after 1 at least"
+                f"{self.evaluations} evaluations and {self.merge_steps} merged steps of {self.steps}: both are at most "
+                "the steps, and evaluations 1 at least"
             )
 
     def tdtm_ratio(self, plain: float, merged: float, evaluations: int) -> float:
@@ -172,13 +172,13 @@ def tdtm(found: Row, whole: WholeRun) -> Row:
 def whole_run(found: Row, by_case: dict[str, Row], whole: WholeRun) -> Row:
     """The run of the quality tables, extrapolated from the steps that were measured. found: the row `factors`."""
     later = {name: found["later_steps"][name]["median_ms"] for name in _NEEDED}
-    merged = min(whole.merge_steps, whole.leap)
+    merged = min(whole.merge_steps, whole.evaluations)
     first = by_case[TOGETHER if merged > 0 else STREAMED]["steps"][0]["wall_ms"]
-    rest = [later[TOGETHER]] * merged + [later[STREAMED]] * (whole.leap - merged)
+    rest = [later[TOGETHER]] * merged + [later[STREAMED]] * (whole.evaluations - merged)
     sequential, together = whole.steps * later[IN_TURN], first + sum(rest[1:])
     ratios = {
-        "evaluations_ratio": whole.steps / whole.leap,
-        "tdtm_ratio": whole.tdtm_ratio(later[PLAIN_RESIDENT], later[MERGED_RESIDENT], whole.leap),
+        "evaluations_ratio": whole.steps / whole.evaluations,
+        "tdtm_ratio": whole.tdtm_ratio(later[PLAIN_RESIDENT], later[MERGED_RESIDENT], whole.evaluations),
         "streaming_ratio": found["streaming_ratio"],
     }
     expected = math.prod(ratios.values())
@@ -275,7 +275,7 @@ def _whole_run(row: Row) -> str:
     return "\n".join(
         [
             f"  extrapolated: {row['steps']} plain steps of one block after another {row['sequential_ms'] / 1e3:.0f} "
-            f"s, leap after {row['leap']} with {row['merge_steps']} merged {row['together_ms'] / 1e3:.0f} s: "
+            f"s, {row['evaluations']} evaluations with {row['merge_steps']} merged {row['together_ms'] / 1e3:.0f} s: "
             f"{row['ratio']:.2f} times as fast, {100 * row['reached_share']:.0f} % of {row['expected_ratio']:.2f}",
             *factors,
             f"    all together {row['ratio']:.2f}, the paper {row['paper']['ratio']:.2f}: "

@@ -422,7 +422,8 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in (Plan, WholeRun):
         group = parser.add_argument_group((kind.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(kind):
-            name = "whole_steps" if kind is WholeRun and field.name == "steps" else field.name
+            of_both = kind is WholeRun and field.name in {one.name for one in dataclasses.fields(Plan)}
+            name = f"whole_{field.name}" if of_both else field.name
             group.add_argument(f"--{name.replace('_', '-')}", type=int, default=field.default, help="%(default)s")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "full_size_video.json")
     parser.add_argument("--keep", action="store_true", help="leave checkpoints and bundles in the folder")
@@ -430,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
     values = vars(parser.parse_args(arguments))
     try:
         plan = Plan(**{field.name: values[field.name] for field in dataclasses.fields(Plan)})
-        whole = WholeRun(values["whole_steps"], values["leap"], values["merge_steps"])
+        whole = WholeRun(values["whole_steps"], values["whole_evaluations"], values["merge_steps"])
     except ValueError as error:
         parser.error(str(error))
     chosen = [model for name, model in MODELS.items() if name in (values["models"] or MODELS)]

@@ -50,7 +50,7 @@ def test_checkpoints_have_every_tensor(tmp_path: pathlib.Path, name: str) -> Non
 
 # ---- the factors
 
-WHOLE = WholeRun(steps=30, leap=20, merge_steps=15)
+WHOLE = WholeRun(steps=30, evaluations=20, merge_steps=15)
 
 
 def run_row(case: str, steps_ms: list[float], resident: int, load_ms: float = 0.0, execute_ms: float = 0.0) -> dict:
@@ -182,7 +182,7 @@ def test_the_text_encoders_formula_by_hand() -> None:
     assert "300 tokens: l 100 ms, e 50 ms, alpha 20 ms" in full_size_factors.lines(long)
 
 
-@pytest.mark.parametrize("numbers", [{"leap": 0}, {"leap": 31}, {"merge_steps": 31}, {"merge_steps": -1}])
+@pytest.mark.parametrize("numbers", [{"evaluations": 0}, {"evaluations": 31}, {"merge_steps": 31}, {"merge_steps": -1}])
 def test_a_whole_run_that_cannot_be(numbers: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at most the steps"):
         WholeRun(**numbers)
