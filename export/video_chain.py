@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import pathlib
@@ -21,6 +22,20 @@ from edgerun.video_recipe import VideoRecipe
 
 _TOLERANCE = "logits_fp32"  # a block is tens of layers deep
 _QUANTIZED_TOLERANCE = "quantized_parity_logits"
+
+
+@contextlib.contextmanager
+def fewer_objects_to_collect() -> Iterator[None]:
+    """Garbage is looked for after every block, among the objects of the export alone: not in all that was imported."""
+    import executorch.backends.xnnpack
+    import executorch.exir  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def export_chain(

@@ -15,7 +15,7 @@ import torch
 from edgerun.bundle import BundleWriter
 from edgerun.export.video_blocks import Geometry, denoiser_chain, merge_of
 from edgerun.export.video_chain import run_chain
-from edgerun.models.rectified_flow import guide
+from edgerun.models.rectified_flow import advance, guide
 from edgerun.models.stdit import rotary_angles
 from edgerun.models.text_to_video import VideoCheckpoint
 from edgerun.techniques.temporal_token_merging import frame_merge
@@ -39,6 +39,7 @@ class GoldenPass:
         second = len(steps) > 1 and _work(source, geometry) <= _MOST_WORK
         self._times = [steps[0], steps[len(steps) // 2]] if second else steps[:1]
         self._merge_steps = self._done = 0
+        self._before: tuple[float, torch.Tensor] | None = None
         self._tokens, self._y = torch.empty(0), torch.empty(0)
         self._chunk, self._frames = torch.empty(0), torch.empty(0)
 
@@ -77,6 +78,7 @@ class GoldenPass:
             noise=self._noise.numpy(),
             times=np.array(self._times),
             merge_steps=self._merge_steps,
+            solver=self._recipe.solver,
             latents=self._latents.numpy(),
             frames=frames.numpy(),
         ).save(writer.folder / FILE)
@@ -87,9 +89,11 @@ class GoldenPass:
         return {"x": self._latents.repeat(2, 1, 1, 1, 1), "time": torch.tensor([self._times[self._done]] * 2)}
 
     def _advance(self, v: torch.Tensor) -> None:
-        """v [2, C, T, h, w]: one Euler step, the last one to 0."""
+        """v [2, C, T, h, w]: one step, the last one to 0."""
         time, following = [*self._times, 0.0][self._done : self._done + 2]
-        self._latents = self._latents + guide(v[0], v[1], self._geometry.guidance) * (time - following)
+        velocity = guide(v[0], v[1], self._geometry.guidance)
+        self._latents = advance(self._latents, velocity, time, following, self._before)
+        self._before = (time, velocity) if self._recipe.solver == "ab2" else None
         self._done += 1
 
     def _velocity(self, values: dict[str, torch.Tensor]) -> torch.Tensor:

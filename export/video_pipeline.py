@@ -20,9 +20,9 @@ import edgerun
 from edgerun.bundle import Bundle, BundleWriter, check_target, existing_build
 from edgerun.checkpoint import Progress
 from edgerun.errors import ExportError
-from edgerun.export.decoder_process import DECODERS, DecoderProcess, Exported
+from edgerun.export.decoder_process import DECODERS, DecoderProcess, Exported, ProcessEndedError, export_decoders
 from edgerun.export.video_blocks import Block, Geometry, denoiser_chain, frame_size, merge_of, text_chain
-from edgerun.export.video_chain import export_chain, run_chain
+from edgerun.export.video_chain import export_chain, fewer_objects_to_collect, run_chain
 from edgerun.export.video_golden import GoldenPass
 from edgerun.machine import available_cores
 from edgerun.models.text_to_video import VideoCheckpoint, check_size
@@ -68,7 +68,7 @@ def export_video_bundle(
         if parallel and _is_small(source):
             process = DecoderProcess(source.path, recipe.to_json(), build, writer.folder)
             beside = stack.enter_context(process)
-        stack.enter_context(_fewer_objects_to_collect())
+        stack.enter_context(fewer_objects_to_collect())
         exported: Exported = {}
         golden = GoldenPass(source, geometry, recipe)
         for chain, (blocks, values) in _chains(source, geometry, recipe):
@@ -79,10 +79,15 @@ def export_video_bundle(
                 made = export_chain(blocks, values, geometry, recipe, build, writer.folder, chain, progress)
                 exported[chain] = list(made)
             golden.end(chain, values)
+            if beside is not None:
+                beside.check()
         if beside is not None:
             if progress is not None:
                 progress("export decoders", 0.5)
-            exported |= beside.wait()
+            try:
+                exported |= beside.wait()
+            except ProcessEndedError:  # there may be memory for one process
+                exported |= export_decoders(source, geometry, recipe, build, writer.folder)
             if progress is not None:
                 progress("export decoders", 1.0)
         _copy_tokenizer(source, writer)
@@ -93,20 +98,6 @@ def export_video_bundle(
 def _is_small(source: VideoCheckpoint) -> bool:
     """Whether two processes may work at it, each with memory of its own."""
     return available_cores() > 1 and sum(file.stat().st_size for file in source.files()) <= _SMALL_BYTES
-
-
-@contextlib.contextmanager
-def _fewer_objects_to_collect() -> Iterator[None]:
-    """Garbage is looked for after every block, among the objects of the export alone: not in all that was imported."""
-    import executorch.backends.xnnpack
-    import executorch.exir  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _chains(

@@ -79,7 +79,15 @@ def test_a_stopped_run_goes_on(bundle: Bundle, tmp_path: pathlib.Path, monkeypat
         patch.setattr(VideoSession, "generate", interrupted)
         assert main([*arguments, "-o", str(parts), "--state", str(state)]) == 130
     assert state.is_file() and not parts.exists()
-    for other in (["--prompt", "another"], ["--seed", "1"], ["--guidance", "3"], ["--lpl", "3"], ["--tdtm", "0"]):
+    for other in (
+        ["--prompt", "another"],
+        ["--seed", "1"],
+        ["--guidance", "3"],
+        ["--lpl", "3"],
+        ["--tdtm", "0"],
+        ["--solver", "ab2"],
+        ["--steps", "9"],
+    ):
         assert main([*arguments, *other, "-o", str(parts), "--state", str(state)]) == 2
     assert main([*arguments, "-o", str(parts), "--state", str(state)]) == 0
     assert parts.read_bytes() == whole.read_bytes() and not state.exists()
@@ -207,8 +215,10 @@ def test_bad_exports_end_in_one_line(
 
 def test_options_become_the_recipe(checkpoint: pathlib.Path, bundle: Bundle) -> None:
     arguments = ["export", str(checkpoint), "-o", str(bundle.path), "--tdtm", "2", "--lpl", "3", "--quantize", "int8"]
+    arguments += ["--solver", "ab2"]
     recipe = video.video_recipe(_parsed(arguments), 1)
     assert (recipe.merge_steps, recipe.leap, recipe.leap_evaluations, recipe.quantize) == (2, "fixed", 3, "int8")
+    assert recipe.solver == "ab2"
 
 
 def _parsed(arguments: list[str]) -> object:

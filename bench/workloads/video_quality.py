@@ -90,9 +90,10 @@ class Plan:
         for count in self.merge_steps:
             name = f"LPL after {few} and TDTM, {count} steps"
             found.append(Method(name, steps, lambda: FixedLeap(few), count))
-            share = merged_share(count, steps, self.merged_solver_steps)
-            name = f"ab2, {self.merged_solver_steps} steps and TDTM, {share} steps"
-            found.append(Method(name, self.merged_solver_steps, merge_steps=share, solver="ab2"))
+        fewer = self.merged_solver_steps
+        for share in sorted({merged_share(count, steps, fewer) for count in self.merge_steps}):
+            name = f"ab2, {fewer} steps and TDTM, {share} steps"
+            found.append(Method(name, fewer, merge_steps=share, solver="ab2"))
         return found
 
 
@@ -303,16 +304,8 @@ def measure(
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a text-to-video folder")
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="where references are kept")
-    parser.add_argument("--prompts", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=None, help="of the plain run; default: the checkpoint's")
-    parser.add_argument("--reference-steps", type=int, default=200, help="default: %(default)s")
-    parser.add_argument(
-        "--evaluations", type=int, default=19, help="of fixed leap, Euler and caching; default: %(default)s"
-    )
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Those that video_speed.py has too."""
     parser.add_argument(
         "--solver-steps",
         type=int,
@@ -324,6 +317,26 @@ def main(arguments: list[str] | None = None) -> None:
         "--merged-solver-steps", type=int, default=16, help="of it with merged frames; default: %(default)s"
     )
     parser.add_argument("--merge-steps", type=int, nargs="*", default=[5, 10, 15, 20, 30], help="default: %(default)s")
+
+
+def check_step_counts(parser: argparse.ArgumentParser, given: argparse.Namespace, steps: int) -> None:
+    """Ends the program for counts that are below 1 or above the steps of plain sampling."""
+    counts = (given.evaluations, given.merged_solver_steps, *given.solver_steps, *given.merge_steps)
+    if min(steps, *counts) < 1 or max(counts) > steps:
+        parser.error(f"counts are at least 1, and those of evaluations and steps at most the {steps} steps")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a text-to-video folder")
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="where references are kept")
+    parser.add_argument("--prompts", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=None, help="of the plain run; default: the checkpoint's")
+    parser.add_argument("--reference-steps", type=int, default=200, help="default: %(default)s")
+    parser.add_argument(
+        "--evaluations", type=int, default=19, help="of fixed leap, Euler and caching; default: %(default)s"
+    )
+    add_method_options(parser)
     parser.add_argument(
         "--latest-times",
         type=float,
@@ -340,9 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         checkpoint = VideoCheckpoint.open(given.checkpoint)
         steps = checkpoint.settings.steps if given.steps is None else given.steps
-        of_steps = (given.evaluations, given.merged_solver_steps, *given.solver_steps, *given.merge_steps)
-        if min(given.prompts, steps, given.reference_steps, *of_steps) < 1 or max(of_steps) > steps:
-            parser.error(f"counts are at least 1, and those of evaluations and steps at most the {steps} steps")
+        check_step_counts(parser, given, steps)
+        if given.prompts < 1:
+            parser.error(f"--prompts is {given.prompts}; give at least 1")
         if given.reference_steps <= steps:
             parser.error(
                 f"the reference has {given.reference_steps} steps; give it more than the {steps} of plain sampling"

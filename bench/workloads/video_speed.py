@@ -25,16 +25,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from bench.harness import RESULTS, ResultFile
 from bench.video_quality_page import PLAIN, gates_broken
-from bench.workloads.video_quality import merged_share
+from bench.workloads.video_quality import add_method_options, check_step_counts, merged_share
 from edgerun.bundle import Bundle
 from edgerun.commands.common import begin_report
-from edgerun.commands.demo_video import respaced
 from edgerun.commands.video import prompt_tokenizer, prompt_tokens
 from edgerun.devices import VideoRunRequest, open_device
 from edgerun.errors import EdgerunError
 from edgerun.evaluation import clips
 from edgerun.library_noise import quiet_libraries
-from edgerun.models.solvers import Solver
+from edgerun.models.solvers import Solver, respaced
 from edgerun.report import Cell, Check, Column, Estimate, Report, Table, to_text
 from edgerun.sessions.video import Leap
 from edgerun.video_recipe import VideoRecipe
@@ -84,14 +83,14 @@ def methods(plan: Plan) -> list[Method]:
         Method(f"ab2, {count} steps", CANNOT, count, none, solver="ab2")
         for count in sorted({few, *plan.solver_steps}, reverse=True)
     ]
-    fewer = plan.merged_solver_steps
     for count in plan.merge_steps:
-        share = merged_share(count, plan.steps, fewer)
         found += [
             Method(f"TDTM, {count} steps", CAN_MERGE, plan.steps, none, count),
             Method(f"LPL after {few} and TDTM, {count} steps", CAN_MERGE, plan.steps, leap, count),
-            Method(f"ab2, {fewer} steps and TDTM, {share} steps", CAN_MERGE, fewer, none, share, "ab2"),
         ]
+    fewer = plan.merged_solver_steps
+    for share in sorted({merged_share(count, plan.steps, fewer) for count in plan.merge_steps}):
+        found.append(Method(f"ab2, {fewer} steps and TDTM, {share} steps", CAN_MERGE, fewer, none, share, "ab2"))
     return found
 
 
@@ -102,9 +101,8 @@ def make_bundles(checkpoint: pathlib.Path, work: pathlib.Path) -> dict[str, Bund
     found = {}
     for name, recipe in ((CANNOT, VideoRecipe()), (CAN_MERGE, VideoRecipe(merge_possible=True))):
         path = work / name
-        if not path.exists():
-            print(f"exporting {name}", flush=True)
-            export_video_bundle(checkpoint, recipe, path)
+        print(f"exporting {name}, unless it is there", flush=True)
+        export_video_bundle(checkpoint, recipe, path, overwrite=True, parallel=True)
         found[name] = Bundle.open(path, kind="video")
     return found
 
@@ -212,17 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a text-to-video folder")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="where the bundles are kept")
     parser.add_argument("--evaluations", type=int, default=19, help="of leap and Euler; default: %(default)s")
-    parser.add_argument(
-        "--solver-steps",
-        type=int,
-        nargs="*",
-        default=[16, 14, 12, 10],
-        help="of the second-order sampler, beside --evaluations; default: %(default)s",
-    )
-    parser.add_argument(
-        "--merged-solver-steps", type=int, default=16, help="of it with merged frames; default: %(default)s"
-    )
-    parser.add_argument("--merge-steps", type=int, nargs="*", default=[5, 10, 15, 20, 30], help="default: %(default)s")
+    add_method_options(parser)
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--quality", type=pathlib.Path, default=RESULTS / "video_quality.json")
@@ -234,9 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         checkpoint = VideoCheckpoint.open(given.checkpoint)
         steps = checkpoint.settings.steps
-        of_steps = (given.evaluations, given.merged_solver_steps, *given.solver_steps, *given.merge_steps)
-        if min(given.repeats, given.threads, *of_steps) < 1 or max(of_steps) > steps:
-            parser.error(f"counts are at least 1, and those of evaluations and steps at most the {steps} steps")
+        check_step_counts(parser, given, steps)
+        if min(given.repeats, given.threads) < 1:
+            parser.error(f"--repeats is {given.repeats} and --threads {given.threads}; both are at least 1")
         whole = checkpoint.sha256()
         broken = quality_of(given.quality, whole)
         plan = Plan(

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define EDGERUN_API_VERSION 1 /* raised when a caller of the version before would break */
+#define EDGERUN_API_VERSION 2 /* raised when a caller of the version before would break */
 
 typedef enum edgerun_status { /* the codes of csrc/base/status.h */
                               EDGERUN_OK = 0,
@@ -195,7 +195,7 @@ typedef struct edgerun_video_generate_options {
   float* latent_out;              /* [channels, latent frames, height, width] or null */
   uint8_t* frames_out;            /* [frames, height, width, 3]; null: nothing is decoded */
   edgerun_step_callback on_block; /* before every program; not 0: cancel */
-  edgerun_video_solver solver;
+  edgerun_video_solver solver;    /* how steps are made */
 } edgerun_video_generate_options;
 
 typedef struct edgerun_video_result {

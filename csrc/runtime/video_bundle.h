@@ -7,7 +7,7 @@
 //                 from its first execution on (both optional)}]
 //   "chains": {"text_encoder": [names of programs], "denoiser": […], "time_decoder": […], "frame_decoder": […]}
 //   "video": {"frames", "height", "width", "fps", "latent": {"channels", "frames", "height", "width"},
-//             "guidance", "times": [from 1 down], "rotary": {"frequencies": [head size / 2 numbers]} (with merging),
+//             "guidance", "times": [from 1 down], "solver": "euler" | "ab2" (optional), "rotary": {"frequencies": [head size / 2 numbers]} (with merging),
 //             "leap": {"kind": "none" | "fixed" | "cosine", "evaluations", "latest_time", "tolerance", "patience"},
 //             "merge": {"steps": merged ones, from the first, "matrix": T' × T, "unmerge": T × T', "positions": T'},
 //             "decoder": {"latents_per_chunk", "frames_per_chunk", "frames_per_call"}}

@@ -1,4 +1,4 @@
-// video_sampling: the arithmetic of a video's sampling loop: noise, guidance, Euler steps, and when to leap. Compiled
+// video_sampling: the arithmetic of a video's sampling loop: noise, guidance, steps, and when to leap. Compiled
 // without contraction, so that it rounds as eager float32 does (edgerun/models/rectified_flow.py).
 #pragma once
 

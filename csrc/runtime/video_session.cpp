@@ -85,7 +85,8 @@ Status VideoSession::open(const std::string& bundle, const VideoOptions& options
   for (const Part& part : {opened->encoder(), opened->denoiser(), opened->time_decoder(), opened->frame_decoder()}) {
     std::unique_ptr<BlockLoader> loader;
     const int64_t decoding = opened->bundle_.frame_bytes() + opened->bundle_.picture_bytes();
-    const int64_t reserve = part.stage == VideoStage::kDecode ? decoding : 0;
+    const int64_t denoising = part.stage == VideoStage::kDenoise ? opened->denoising_bytes() : 0;
+    const int64_t reserve = part.stage == VideoStage::kDecode ? decoding : denoising;
     int64_t limit = 0;
     if (Status status = opened->open_chain(part, reserve, nullptr, &loader, &limit); !status.ok()) return status;
   }
@@ -309,12 +310,16 @@ void VideoSession::advance(const Settings& settings, double time, double followi
   previous_velocity_.clear();
   if (looks_back) previous_velocity_.swap(velocity_);
   previous_time_ = time;
+  if (following == 0.0) {  // nothing looks back at them any more
+    velocity_ = {};
+    previous_velocity_ = {};
+  }
 }
 
 Status VideoSession::denoise(const VideoRun& run, const Settings& settings) {
   const auto steps = static_cast<int64_t>(settings.times.size());
   if (next_step_ >= steps) return Status();
-  return with_chain(denoiser(), 0, run, [&](BlockLoader* loader) -> Status {
+  return with_chain(denoiser(), denoising_bytes(), run, [&](BlockLoader* loader) -> Status {
     while (next_step_ < steps) {
       const auto index = static_cast<size_t>(next_step_);
       const double time = settings.times[index], begin_ms = now_ms();
@@ -466,6 +471,12 @@ Status VideoSession::restore(std::span<const uint8_t> bytes, const Settings& set
   if (state.next_step > static_cast<int64_t>(steps)) {
     return invalid("the saved state is after step " + std::to_string(state.next_step) + ", this run has " +
                    std::to_string(steps) + ": give the times that it was made with");
+  }
+  const auto next = static_cast<size_t>(state.next_step);
+  if (!state.previous_velocity.empty() && next < steps && !(state.previous_time > settings.times[next])) {
+    return invalid("the saved state is after a step at time " + std::to_string(state.previous_time) +
+                   ", this run goes on at " + std::to_string(settings.times[next]) +
+                   ": give the times that it was made with");
   }
   next_step_ = state.next_step;
   evaluations_ = state.evaluations;

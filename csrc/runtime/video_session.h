@@ -3,7 +3,8 @@
 // memory before the next begins; decoding is two, over time and then on a few frames at a time.
 //
 // After step i the latent is x += v (t_i - t_{i+1}), or a second-order step that looks back at the velocity before; when
-// the leap rule says so, x += v t_i ends the loop (video_bundle.h has the conventions). A run that was cancelled keeps its state, which can be saved and given to a later run.
+// the leap rule says so, x += v t_i ends the loop (video_bundle.h has the conventions). A run that was cancelled keeps
+// its state, which can be saved and given to a later run.
 #pragma once
 
 #include <atomic>
@@ -123,6 +124,8 @@ class VideoSession {
   template <typename Body>
   Status with_chain(const Part& part, int64_t reserve_bytes, const VideoRun& run, const Body& body);
 
+  // The latent, its two copies, and the velocities of this step and of the one before.
+  int64_t denoising_bytes() const { return 5 * int64_t{sizeof(float)} * bundle_.latent_elements(); }
   Part encoder() const { return {VideoStage::kEncode, "text_encoder", &bundle_.text_encoder}; }
   Part denoiser() const { return {VideoStage::kDenoise, "denoiser", &bundle_.denoiser}; }
   Part time_decoder() const { return {VideoStage::kDecode, "time_decoder", &bundle_.time_decoder}; }

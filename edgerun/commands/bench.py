@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
 
     of_kind = {
         "text": ("prompt_tokens", "new_tokens", "against"),
-        "video": ("prompt", "lpl", "tdtm", "prefetch", "memory_limit"),
+        "video": ("prompt", "steps", "solver", "lpl", "tdtm", "prefetch", "memory_limit"),
     }
     kind = kind_of(arguments.bundle)
     other = "video" if kind == "text" else "text"

@@ -1,8 +1,8 @@
 """The whole way on a small model, in minutes on two cores.
 
 text: export the model that ships dense and sparse, answer a long prompt on two devices, compare.
-video: export the video model that ships, make clips of captions, plain and with each technique alone and all together,
-side by side.
+video: export the video model that ships, make clips of captions, plain and with the techniques alone and together, side
+by side.
 
 Writes the bundles, report.json and report.html (open it in a browser) to --output; video writes its clips there too.
 
@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         captions = arguments.captions or demo_video.CAPTIONS
         report = demo_video.demonstrate(output, tools.exporter(), model, captions, command=tools.command)
         following = f'{shlex.quote(str(output / demo_video.BUNDLE))} --prompt "a blue star turns clockwise" -o clip.mp4'
+        following += f" --solver ab2 --steps {demo_video.share_of(30, demo_video.FEW_SHARE)}"
     else:
         if arguments.checkpoint is not None or arguments.captions is not None:
             raise EdgerunError("--checkpoint and --captions are of the video demo: leave them out with text")

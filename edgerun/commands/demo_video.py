@@ -1,4 +1,4 @@
-"""The video half of `edgerun demo`: captions become clips, plain and with every technique, side by side."""
+"""The video half of `edgerun demo`: captions become clips, plain and with the techniques alone and together."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import dataclasses
 import pathlib
 import statistics
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgerun import compare
 from edgerun.commands.common import Clock, Exporter, begin_report, checkpoint_path, make_folder, stage_bar
-from edgerun.models.solvers import Solver
+from edgerun.models.solvers import Solver, respaced
 from edgerun.report import Cell, Check, Column, Estimate, MovingPicture, Report, Table, write_json
 from edgerun.report_html import write_html
 from edgerun.sessions.video import Leap
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
     from edgerun.devices import VideoRunReport
     from edgerun.evaluation.clips import Clip
 
-FEW_STEPS = 12  # of the second-order sampler
-LEAP_AFTER = 19
-MERGED_SHARE = 1.0  # of the steps, whatever their number
+# Of the bundle's steps.
+FEW_SHARE = 0.4  # that second-order steps are as many as
+LEAP_SHARE = 0.63  # evaluated before a leap
+MERGED_SHARE = 1.0  # with merged frames
 # Few frames a call: else the decoder, not the denoiser, sets the memory of so small a model.
 RECIPE = VideoRecipe(merge_possible=True, frames_per_call=3)
 CAPTIONS, CAPTIONS_SEED = 1, 7  # one: all of it takes less than a minute on two cores
@@ -36,8 +36,8 @@ REFERENCE_STEPS = 200
 LIMIT_SHARE = 0.85  # of plain sampling's peak RSS: the memory limit where programs stream
 BUNDLE, PAGE, VALUES = "video.edgerun", "report.html", "report.json"
 REFERENCE, PLAIN = f"reference, {REFERENCE_STEPS} steps", "plain"
-FEWER, LEAP, MERGED, STREAMED = f"ab2, {FEW_STEPS} steps", "LPL", "TDTM", "blocks streamed"
-PAPERS, FASTEST, TOGETHER = "LPL, TDTM, streamed", f"ab2, {FEW_STEPS} steps, TDTM", "all together"
+FEWER, LEAP, MERGED, STREAMED = "ab2", "LPL", "TDTM", "blocks streamed"
+PAPERS, FASTEST, TOGETHER = "LPL, TDTM, streamed", "ab2, TDTM", "ab2, TDTM, streamed"
 
 _COLUMNS = (
     Column("method"),
@@ -82,12 +82,15 @@ class Made:
     dynamic_degree: float
 
 
-def techniques(memory_limit_bytes: int) -> list[Method]:
-    """Each technique alone, those of the paper together, and the fastest, in memory and with its blocks streamed."""
-    leap = Leap("fixed", LEAP_AFTER)
-    few = Method(FASTEST, FEW_STEPS, "ab2", merged_share=MERGED_SHARE)
+def techniques(steps: int, memory_limit_bytes: int) -> list[Method]:
+    """Each technique alone, those of the paper together, and the fastest, in memory and with its blocks streamed.
+
+    steps: of the bundle.
+    """
+    leap = Leap("fixed", share_of(steps, LEAP_SHARE))
+    few = Method(FASTEST, share_of(steps, FEW_SHARE), "ab2", merged_share=MERGED_SHARE)
     return [
-        Method(FEWER, FEW_STEPS, "ab2"),
+        dataclasses.replace(few, name=FEWER, merged_share=0.0),
         Method(LEAP, leap=leap),
         Method(MERGED, merged_share=MERGED_SHARE),
         Method(STREAMED, memory_limit_bytes=memory_limit_bytes),
@@ -97,15 +100,9 @@ def techniques(memory_limit_bytes: int) -> list[Method]:
     ]
 
 
-def respaced(times: Sequence[float], steps: int) -> list[float]:
-    """`steps` times of the same schedule (edgerun/models/rectified_flow.py) as `times`, of which there are two or more.
-
-    The schedule's ratio is read from the second time.
-    """
-    from edgerun.models import rectified_flow
-
-    u = 1.0 - 1.0 / len(times)
-    return rectified_flow.times(steps, times[1] * (1.0 - u) / (u * (1.0 - times[1])))
+def share_of(steps: int, share: float) -> int:
+    """So many of the steps, one at least."""
+    return max(1, round(share * steps))
 
 
 def demonstrate(
@@ -121,7 +118,9 @@ def demonstrate(
     checkpoint, clock = checkpoint_path(model), Clock(say=True)
     make_folder(output)
     check_path(output / "plain_0.mp4")  # before a minute of work
-    print("edgerun demo video: captions become clips, plain and with every technique", file=sys.stderr)
+    print(
+        "edgerun demo video: captions become clips, plain and with the techniques alone and together", file=sys.stderr
+    )
     with clock.step("export, a program for every block"), stage_bar("export") as progress:
         bundle = exporter.export_video_bundle(
             checkpoint, RECIPE, output / BUNDLE, overwrite=True, parallel=True, progress=progress
@@ -138,7 +137,7 @@ def demonstrate(
                 made.setdefault(method.name, []).append(_measured(_run(bundle, clip, seed, method), clip, best))
             limit = limit or int(LIMIT_SHARE * made[PLAIN][0].peak_rss_bytes)
             best = made[REFERENCE][seed].frames
-            for method in techniques(limit):
+            for method in techniques(int(video["steps"]), limit):
                 made.setdefault(method.name, []).append(_measured(_run(bundle, clip, seed, method), clip, best))
     assert limit is not None
     shown: list[MovingPicture] = []
@@ -146,7 +145,7 @@ def demonstrate(
         for name, all_made in made.items():
             shown.append(_picture(name, all_made[index], fps, clip.caption()))
             if name in (PLAIN, TOGETHER):
-                write_clip(all_made[index].frames, fps, output / f"{name.replace(' ', '_')}_{index}.mp4")
+                write_clip(all_made[index].frames, fps, output / f"{name.replace(', ', '_').lower()}_{index}.mp4")
     report = dataclasses.replace(
         begin_report("demo", "edgerun demo video: captions become clips", command),
         verdict=_verdict(made),
@@ -269,9 +268,9 @@ def _verdict(made: dict[str, list[Made]]) -> str:
     evaluations = f"{mean(TOGETHER, 'evaluations'):g} evaluations instead of {mean(PLAIN, 'evaluations'):g}"
     memory = f"{peak(TOGETHER):.0f} MiB instead of {peak(PLAIN):.0f} MiB"
     return (
-        f"{FASTEST} denoises {speed(FASTEST)} as fast as plain sampling, {evaluations}. All together, its blocks "
-        f"streamed too, it is {speed(TOGETHER)} as fast in a process of {memory}. {right[TOGETHER]} of {count} "
-        f"{'clip is' if count == 1 else 'clips are'} what the caption says, of plain sampling {right[PLAIN]}. "
+        f"Second-order steps (ab2) with TDTM denoise {speed(FASTEST)} as fast as plain sampling, {evaluations}. Their "
+        f"blocks streamed too, they are {speed(TOGETHER)} as fast in a process of {memory}. {right[TOGETHER]} of "
+        f"{count} {'clip is' if count == 1 else 'clips are'} what the caption says, of plain sampling {right[PLAIN]}. "
         f"{'One caption' if count == 1 else f'Means of {count} captions'}; "
         "bench/workloads/video_quality.py measures quality with intervals."
     )
@@ -285,8 +284,9 @@ def _facts(model: str, bundle: Bundle, limit: int) -> tuple[tuple[str, Cell], ..
         ("model", model),
         ("clip", f"{video['frames']} frames of {video['height']} x {video['width']}, {video['fps']:g} a second"),
         ("plain sampling", sampler_text(video)),
-        ("LPL", f"after {LEAP_AFTER} evaluations"),
-        ("TDTM", f"in {MERGED_SHARE:.0%} of the steps"),
+        ("ab2", f"{share_of(video['steps'], FEW_SHARE)} second-order steps (Adams-Bashforth)"),
+        ("LPL", f"linear proportional leap after {share_of(video['steps'], LEAP_SHARE)} evaluations"),
+        ("TDTM", f"temporal token merging in {MERGED_SHARE:.0%} of the steps"),
         ("memory limit where programs stream", f"{limit / 2**20:.1f} MiB, {LIMIT_SHARE:.0%} of plain sampling's peak"),
         ("programs", sum(len(names) for names in bundle.manifest["chains"].values())),
     )
@@ -296,6 +296,6 @@ def _note(video: dict[str, Any]) -> str:
     return (
         "Means over the captions, times with their range, peak RSS the largest. A caption's noise is the same for "
         "all. PSNR and SSIM are against the reference's clip; colour, shape and motion are read back from the pixels. "
-        f"{video['steps']} Euler steps where no number is said. With a limit, programs are loaded when they are "
+        f"{video['steps']} Euler steps where nothing else is said. With a limit, programs are loaded when they are "
         "needed, here from the page cache, and the whole process stays below it; without, all of a stage are in memory."
     )

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
         if recipe_from(arguments) != Recipe(quantize=arguments.quantize) or arguments.calibration is not None:
             raise ExportError("a text model's options are given for a video model: leave them out (--help has both)")
         return video.export(arguments, tools, checkpoint)
-    of_video = ("frames", "height", "width", "steps", "guidance", "lpl", "tdtm", "blocks")
+    of_video = ("frames", "height", "width", "steps", "guidance", "solver", "lpl", "tdtm", "blocks")
     if given := [name for name in of_video if getattr(arguments, name) is not None]:
         raise ExportError(f"--{given[0]} is for video models; {arguments.checkpoint} is a text model: leave it out")
     recipe, calibration = calibrated_recipe(arguments)

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, tools: Tools) -> int:
     """`edgerun run`."""
     if _is_video(arguments.bundle):
         return video.run(arguments, tools, _prompt(arguments), arguments.memory_limit)
-    of_video = ("output", "memory_limit", "lpl", "tdtm", "guidance", "state")
+    of_video = ("output", "memory_limit", "steps", "solver", "lpl", "tdtm", "guidance", "state")
     if given := [name for name in of_video if getattr(arguments, name) is not None]:
         raise EdgerunError(f"{arguments.bundle} writes text: --{given[0].replace('_', '-')} is for video bundles")
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})

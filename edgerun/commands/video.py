@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgerun.commands.common import GOOD, Tools, begin_report, emit, finite, not_negative, positive, stage_bar
 from edgerun.errors import EdgerunError, ExportError
-from edgerun.models.solvers import SOLVERS
+from edgerun.models.solvers import SOLVERS, respaced
 from edgerun.report import Column, Table
 from edgerun.techniques.temporal_token_merging import PAPER_PARTS, PARTS
 from edgerun.video_recipe import VideoRecipe
@@ -61,12 +61,18 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_technique_options(group: argparse._ArgumentGroup) -> None:
-    """--solver, --lpl and --tdtm."""
+def add_run_technique_options(group: argparse._ArgumentGroup) -> None:
+    """--steps, and those of `add_technique_options`, instead of what the bundle has."""
+    group.add_argument("--steps", type=positive, metavar="N", help="of the sampler, spaced as the bundle's")
+    add_technique_options(group, "the bundle's")
+
+
+def add_technique_options(group: argparse._ArgumentGroup, default: str = "euler") -> None:
+    """--solver, --lpl and --tdtm. default: of the solver."""
     group.add_argument(
         "--solver",
         choices=SOLVERS,
-        help="euler, or ab2: second-order steps, of which fewer are as near to the flow (with export --steps)",
+        help=f"how steps are made: euler, or ab2, second order, which needs fewer (--steps); default: {default}",
     )
     group.add_argument(
         "--lpl",
@@ -134,6 +140,11 @@ def parse_leap(text: str) -> Leap:
         f"--lpl is {text!r}; write none, the number of evaluations before the leap, cosine, or "
         "cosine:TIME,TOLERANCE,PATIENCE with 0 < TIME <= 1 and PATIENCE >= 1, as cosine:0.6,0.001,3"
     )
+
+
+def run_times(steps: int | None, bundle: Bundle) -> tuple[float, ...] | None:
+    """The times of so many steps, spaced as the bundle's. None: the bundle's own."""
+    return None if steps is None else tuple(respaced(bundle.manifest["video"]["times"], steps))
 
 
 def run_leap(text: str | None, own: dict[str, Any]) -> Leap | None:
@@ -222,7 +233,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=pathlib.Path, metavar="CLIP", help="the file to write: .mp4, .gif or .png"
     )
     video.add_argument("--guidance", type=finite, metavar="G", help="instead of the bundle's")
-    add_technique_options(video)
+    add_run_technique_options(video)
     video.add_argument(
         "--prefetch", type=not_negative, default=1, metavar="N", help="programs to load ahead; default: %(default)s"
     )
@@ -253,6 +264,7 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
         tokens=prompt_tokens(tokenizer, prompt),
         seed=arguments.seed,
         guidance=arguments.guidance,
+        times=run_times(arguments.steps, bundle),
         solver=arguments.solver,
         leap=run_leap(arguments.lpl, bundle.manifest["video"]["leap"]),
         merge_steps=arguments.tdtm,
@@ -263,7 +275,7 @@ def run(arguments: argparse.Namespace, tools: Tools, prompt: str, memory_limit_b
     run_facts = {
         "build": bundle.build,
         "prompt": prompt,
-        **{name: getattr(arguments, name) for name in ("seed", "guidance", "solver", "lpl", "tdtm")},
+        **{name: getattr(arguments, name) for name in ("seed", "guidance", "steps", "solver", "lpl", "tdtm")},
     }
     if unknown := tokenizer.unknown_words(prompt):
         print(f"note: the model does not know {', '.join(map(repr, unknown))}", file=sys.stderr)
@@ -314,6 +326,7 @@ def _run_here(
             request.tokens,
             seed=request.seed,
             guidance=request.guidance,
+            times=request.times,
             solver=request.solver,
             leap=request.leap,
             merge_steps=request.merge_steps,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgerun.commands.common import begin_report, byte_size, not_negative, stage_bar
-from edgerun.commands.video import add_technique_options, parse_leap, prompt_tokenizer, prompt_tokens
+from edgerun.commands.video import add_run_technique_options, parse_leap, prompt_tokenizer, prompt_tokens, run_times
 from edgerun.report import Cell, Column, Estimate, Report, Table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """The options of `edgerun bench` for a video bundle."""
     video = parser.add_argument_group("video bundles")
     video.add_argument("--prompt", metavar="TEXT", help=f"default: {PROMPT}")
-    add_technique_options(video)
+    add_run_technique_options(video)
     video.add_argument("--prefetch", type=not_negative, metavar="N", help="programs to load ahead; default: 1")
     video.add_argument("--memory-limit", type=byte_size, metavar="SIZE", help="for all of the process in RAM, as 1GB")
 
@@ -38,6 +38,7 @@ def bench(arguments: argparse.Namespace, command: str) -> Report:
         repeats=arguments.repeats,
         device_name=arguments.device,
         threads=arguments.threads,
+        steps=arguments.steps,
         solver=arguments.solver,
         leap=None if arguments.lpl is None else parse_leap(arguments.lpl),
         merge_steps=arguments.tdtm,
@@ -54,6 +55,7 @@ def bench_video_bundle(
     repeats: int = 3,
     device_name: str = "host",
     threads: int | None = None,
+    steps: int | None = None,
     solver: Solver | None = None,
     leap: Leap | None = None,
     merge_steps: int | None = None,
@@ -71,6 +73,7 @@ def bench_video_bundle(
     bundle, device = Bundle.open(path, kind="video"), open_device(device_name)
     request = VideoRunRequest(
         tokens=prompt_tokens(prompt_tokenizer(bundle), prompt),
+        times=run_times(steps, bundle),
         solver=solver,
         leap=leap,
         merge_steps=merge_steps,
@@ -95,6 +98,8 @@ def bench_video_bundle(
         ("build", bundle.build),
         ("repeats", repeats),
         ("prompt", f"{len(request.tokens)} tokens"),
+        ("steps", "of the bundle" if request.times is None else len(request.times)),
+        ("solver", "of the bundle" if solver is None else solver),
         ("prefetch", prefetch),
         ("memory limit", _mebibytes(memory_limit_bytes)),
         ("evaluations", runs[0]["evaluations"]),

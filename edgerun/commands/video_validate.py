@@ -51,7 +51,7 @@ def validate_video_bundle(
             tokens=tuple(case.tokens.tolist()),
             noise=case.noise,
             times=tuple(case.times.tolist()),
-            solver="euler",
+            solver=case.solver,
             leap=Leap("none"),
             merge_steps=case.merge_steps,
             memory_limit_bytes=memory_limit_bytes,

@@ -1,4 +1,4 @@
-"""Rectified flow as Open-Sora v1.2 samples it: times, guidance, and Euler steps from noise to data.
+"""Rectified flow as Open-Sora v1.2 samples it: times, guidance, and steps from noise to data.
 
 The model gives the velocity v = data - noise at x(t) = (1 - t) data + t noise. Times run from 1 down; a step is
 x += v * (t_i - t_{i+1}), the last one to t = 0. `ab2` is the second-order Adams-Bashforth step instead, which has the
@@ -27,7 +27,7 @@ from typing import Protocol
 
 import torch
 
-from edgerun.models.solvers import Solver
+from edgerun.models.solvers import SOLVERS, Solver
 
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # (x, t) → v of x's shape
 OFFICIAL_BASE = 512  # pixels
@@ -64,6 +64,15 @@ def times(steps: int, ratio: float) -> list[float]:
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance: the prompt's velocity, `scale` times as far from the null caption's."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def advance(
+    x: torch.Tensor, v: torch.Tensor, t: float, following: float, before: tuple[float, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """x at `following`. before: time and velocity of the step before, which a second-order step looks back at."""
+    if before is not None:
+        v = v + (t - following) / (2.0 * (before[0] - t)) * (v - before[1])
+    return x + v * (t - following)
 
 
 class StepRule(Protocol):
@@ -105,8 +114,10 @@ def sample(
 ) -> Sampled:
     """Follow the flow from `noise` at schedule[0] to 0. `on_step` hears of every step done and its x.
 
-    A rule that ends the run follows the last velocity as it is, with either solver.
+    A rule that ends the run follows the last velocity as it is, with either solver. Raises ValueError for another one.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; choose {' or '.join(SOLVERS)}")
     rule = rule or EveryStep()
     x, evaluated = noise, []
     before: tuple[float, torch.Tensor] | None = None
@@ -118,11 +129,8 @@ def sample(
             evaluated.append(index)
             leaps = rule.observe(index, t, x, v)
             following = 0.0 if leaps else following
-        slope = v
-        if solver == "ab2" and before is not None and not leaps:
-            slope = v + (t - following) / (2.0 * (before[0] - t)) * (v - before[1])
-        before = (t, v)
-        x = x + slope * (t - following)
+        x = advance(x, v, t, following, None if leaps else before)
+        before = (t, v) if solver == "ab2" else None
         if on_step is not None:
             on_step(index, x)
         if following == 0.0:

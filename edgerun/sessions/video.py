@@ -128,6 +128,8 @@ class VideoSession:
         check_seed(seed)
         if times is not None and len(times) == 0:
             raise EdgerunError("there are 0 times: give at least one, or None for the bundle's")
+        if solver is not None and solver not in SOLVERS:
+            raise EdgerunError(f"solver is {solver!r}; choose {' or '.join(SOLVERS)}, or None for the bundle's")
 
         def tell(stage: Stage, done: int, total: int, evaluations: int, time: float, elapsed_ms: float) -> None:
             if on_progress is not None:

@@ -60,7 +60,9 @@ def assert_the_models(case: VideoGolden, source: VideoCheckpoint, recipe: VideoR
             v = denoiser(torch.cat([x, x]), time, both, fps=fps, pixels=(settings.height, settings.width), merge=merge)
         return rectified_flow.guide(*v.chunk(2), guidance)
 
-    sampled = rectified_flow.sample(velocity, torch.from_numpy(case.noise)[None], case.times.tolist())
+    assert case.solver == recipe.solver
+    noise = torch.from_numpy(case.noise)[None]
+    sampled = rectified_flow.sample(velocity, noise, case.times.tolist(), solver=case.solver)
     assert compare.relative_l2(case.latents, sampled.latents[0].numpy()) <= compare.tolerance("logits_fp32")
     with torch.no_grad():
         pixels = ((vae.decode(sampled.latents, frames)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
@@ -79,8 +81,13 @@ def test_an_export_keeps_what_the_models_make(
 
 @pytest.mark.parametrize(
     "recipe",
-    [VideoRecipe(steps=1), VideoRecipe(steps=3, guidance=3.0), VideoRecipe(merge_possible=True)],
-    ids=["one step", "no merging", "merging is possible"],
+    [
+        VideoRecipe(steps=1),
+        VideoRecipe(steps=3, guidance=3.0),
+        VideoRecipe(merge_possible=True),
+        VideoRecipe(solver="ab2"),
+    ],
+    ids=["one step", "no merging", "merging is possible", "second order"],
 )
 def test_any_recipe(source: VideoCheckpoint, recipe: VideoRecipe, tmp_path: pathlib.Path) -> None:
     case = made(source, recipe, tmp_path)

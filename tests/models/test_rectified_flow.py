@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from edgerun import compare
+from edgerun.errors import EdgerunError
 from edgerun.models import rectified_flow
-from edgerun.models.solvers import Solver
+from edgerun.models.solvers import Solver, respaced
 from edgerun.techniques.linear_proportional_leap import CosineLeap, FixedLeap
 from tests.models.small_stdit import FPS, PIXELS, SMALL, formula, random_model
 
@@ -67,6 +68,15 @@ def test_the_chunk_is_the_autoencoders() -> None:
 def test_impossible_schedules_are_refused(call: object) -> None:
     with pytest.raises(ValueError, match=r"0 steps|0 frames"):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 1.94])
+@pytest.mark.parametrize("steps", [1, 7, 200])
+def test_other_steps_of_the_same_schedule(ratio: float, steps: int) -> None:
+    expected = rectified_flow.times(steps, ratio)
+    assert respaced(rectified_flow.times(30, ratio), steps) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(EdgerunError, match="the bundle has one step"):
+        respaced([1.0], steps)
 
 
 def test_a_straight_flow_arrives_whatever_the_schedule() -> None:

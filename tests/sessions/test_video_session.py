@@ -123,6 +123,17 @@ def second_order(model: TinyVideo, times: list[float], merge_steps: int = 0) -> 
     return found
 
 
+def test_the_bundles_own_solver(
+    model: TinyVideo, bundle: pathlib.Path, session: VideoSession, tmp_path: pathlib.Path
+) -> None:
+    other = VideoSession(changed_copy(bundle, tmp_path / "ab2.edgerun", put("ab2", "video", "solver")), threads=1)
+    assert_same(other.generate(PROMPT, seed=7, decode=False).latents, second_order(model, TIMES, 2)[-1][0])
+    euler = other.generate(PROMPT, seed=7, solver="euler", decode=False).latents
+    assert (euler == session.generate(PROMPT, seed=7, decode=False).latents).all()
+    with pytest.raises(EdgerunError, match="solver is 'heun'; choose euler or ab2"):
+        other.generate(PROMPT, solver="heun")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("merge_steps", [0, 2])
 def test_second_order_steps(model: TinyVideo, session: VideoSession, euler: list, merge_steps: int) -> None:
     times = [1.0, 0.9, 0.55, 0.5, 0.2]
@@ -251,6 +262,18 @@ def test_a_run_that_goes_on_leaps_by_its_own_rule(session: VideoSession, first: 
     clip = session.generate([], leap=Leap("fixed", 3), state=session.state, decode=False)
     assert clip.evaluations == expected.evaluations == 3
     assert (clip.latents == expected.latents).all()
+
+
+def test_second_order_steps_do_not_go_on_at_later_times(session: VideoSession) -> None:
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.done) == ("denoise", 3):
+            session.cancel()
+
+    assert session.generate(PROMPT, seed=7, solver="ab2", on_progress=stop).cancelled
+    state = session.state
+    for last in (TIMES[2], 0.9):
+        with pytest.raises(EdgerunError, match=r"after a step at time 0\.7.*give the times that it was made with"):
+            session.generate([], solver="ab2", times=[1.0, 0.99, 0.98, last], state=state, decode=False)
 
 
 def test_damaged_states_are_refused(session: VideoSession) -> None:
