@@ -38,12 +38,12 @@ MADE = Made(
 
 def test_each_technique_alone_and_together() -> None:
     fewer, leap, merged, streamed, papers, fastest, together = demo_video.techniques(30, 1000)
-    assert (fewer.steps, fewer.solver, fewer.leap) == (12, "ab2", Leap("none"))
+    assert (fewer.steps, fewer.solver, fewer.leap) == (16, "ab2", Leap("none"))
     assert (leap.steps, leap.solver, leap.leap) == (None, "euler", Leap("fixed", 19))
     assert (merged.steps, merged.leap, streamed.leap) == (None, Leap("none"), Leap("none"))
     assert [one.merged_share for one in (fewer, leap, streamed)] == [0, 0, 0]
     assert merged.merged_share == papers.merged_share == fastest.merged_share > 0
-    assert (papers.solver, papers.leap, fastest.solver, fastest.steps) == ("euler", Leap("fixed", 19), "ab2", 12)
+    assert (papers.solver, papers.leap, fastest.solver, fastest.steps) == ("euler", Leap("fixed", 19), "ab2", 16)
     assert dataclasses.replace(together, name=FASTEST, memory_limit_bytes=None) == fastest
     limits = [one.memory_limit_bytes for one in (fewer, leap, merged, streamed, papers, fastest, together)]
     assert limits == [None, None, None, 1000, 1000, None, 1000]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgerun.evaluation.clips import Clip
 
 # Of the bundle's steps.
-FEW_SHARE = 0.4  # that second-order steps are as many as
+FEW_SHARE = 0.53  # that second-order steps are as many as
 LEAP_SHARE = 0.63  # evaluated before a leap
 MERGED_SHARE = 1.0  # with merged frames
 # Few frames a call: else the decoder, not the denoiser, sets the memory of so small a model.
