@@ -51,7 +51,7 @@ from edgerun.techniques.temporal_token_merging import (
 
 SEED = 2026
 PILOT_SEED, PILOT_PROMPTS, HALVINGS = 2027, 6, 7  # for the threshold of step caching
-SHOWN = 3  # prompts whose clips are on the page
+SHOWN = 1  # prompts whose clips are on the page, 5 MB each
 PAIRS, PAIRS_AND_MLP, SIMILAR = "pairs", "pairs, feed-forward too", "similar pairs"
 
 
