@@ -106,7 +106,7 @@ def default_verdict(methods: dict[str, Row], evaluations: int) -> str:
         return text + (f"; nearest of the others is {nearest}." if nearest is not None else ".")
     ranked = sorted(few, key=lambda name: (round(few[name]), -statistics.fmean(methods[name]["psnr"])))
     listed = "; ".join(f"{name} ({few[name]:.1f})" for name in ranked)
-    return f"Every limit is kept with fewer evaluations than plain sampling by: {listed}. The first is the one to choose."
+    return f"Every limit is kept with fewer evaluations than plain sampling by: {listed}. The first is one to choose."
 
 
 def merge_curves(methods: dict[str, Row], merge_steps: Sequence[int]) -> list[Plot]:

@@ -114,7 +114,7 @@ def test_inspect(bundle: Bundle, tmp_path: pathlib.Path, capsys: pytest.CaptureF
     assert main(["inspect", str(bundle.path)]) == 0
     said = capsys.readouterr().out
     clip = f"{bundle.manifest['video']['frames']} frames of 12 x 16"
-    for part in (clip, "at most 9 tokens", "LPL after 3, TDTM in 2 steps", "4 steps, guidance 2"):
+    for part in (clip, "at most 9 tokens", "LPL after 3, TDTM in 2 steps", "4 steps of euler, guidance 2"):
         assert part in said
     report = report_of(["inspect", str(bundle.path)], capsys)
     chains, programs = report.tables[:2]
