@@ -21,7 +21,7 @@ from edgerun.models.temporal_vae import VideoAutoencoderConfig
 
 FRAMES, SIDE, FPS = clips.FRAMES, clips.SIDE, 17
 BASE = 96  # pixels: of the times that are drawn in training, whose ratio is Open-Sora's at 256 x 256 and 51 frames
-SAMPLING_BASE = 48  # of a sampler's times: where 30 plain steps come nearest to very many
+SAMPLING_BASE = 48  # of a sampler's times: tried on six captions, 30 steps came nearer to 200 with it than with BASE
 CHUNK = 17  # frames
 MAX_TOKENS = 32
 GUIDANCE, STEPS = 4.0, 30
