@@ -231,6 +231,15 @@ def _parsed(arguments: list[str]) -> object:
     return parser.parse_args(arguments[1:])
 
 
+@pytest.mark.parametrize("option", [["--solver", "ab2"], ["--steps", "9"], ["--lpl", "3"]])
+def test_a_text_model_has_no_sampler(
+    option: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "zoo:text", *option, "-o", str(tmp_path / "t.edgerun")]) == 2
+    assert f"{option[0]} is for video models; zoo:text is a text model" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_leap_rules() -> None:
     assert (video.parse_leap("none"), video.parse_leap("cosine")) == (Leap("none"), Leap("cosine"))
     assert video.parse_leap("18") == Leap("fixed", 18)
