@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -41,12 +41,13 @@ def checkpoint(factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "a model"
 
 
-def bundle(factory: pytest.TempPathFactory) -> Bundle:
+def bundle(factory: pytest.TempPathFactory, quantize: Literal["none", "int8"] = "none") -> Bundle:
     """Its bundle by RECIPE."""
-    source = checkpoint(factory)
+    source, recipe = checkpoint(factory), dataclasses.replace(RECIPE, quantize=quantize)
     with (source.parent / "bundle lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return export_video_bundle(source, RECIPE, source.parent / "tiny.edgerun")
+        name = "tiny.edgerun" if quantize == "none" else f"tiny {quantize}.edgerun"
+        return export_video_bundle(source, recipe, source.parent / name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,7 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     plan = Plan(values.blocks, values.megabytes, values.passes, values.repeats)
     values.work.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", "bench/workloads/block_loading.py", *(arguments or sys.argv[1:])])
+    words = ["FOLDER" if one == str(values.work) else one for one in arguments or sys.argv[1:]]
+    command = " ".join(["python", "bench/workloads/block_loading.py", *words])
     results = ResultFile(values.output, command, dataclasses.asdict(plan), fresh=values.fresh)
     try:
         run(plan, values.work, results, values.tokens)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from edgerun._library import runner_path
 from edgerun.bundle import Bundle
 from edgerun.devices import RunRequest, emulated_arm64, host, list_devices, open_device
 from edgerun.errors import DeviceError, EdgerunError
+from edgerun.recipe import Recipe
 from edgerun.sessions.text import TextSession
-from tests.shared_bundle import changed_bundle
+from tests.shared_bundle import changed_bundle, shared_bundle
 
 REQUEST = RunRequest(tuple(np.random.default_rng(0).integers(0, 256, 150).tolist()), 12, stop_ids=(), threads=1)
 
@@ -49,6 +51,36 @@ def test_arm64_gives_the_same_tokens(arm64: emulated_arm64.EmulatedArm64Device, 
     assert there.values["device"]["machine"] == "aarch64"
     assert there.tokens == here.tokens
     assert there.values["causal_pairs"] == here.values["causal_pairs"]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "8da4w"])
+def test_quantised_products_hold_on_arm64(
+    arm64: emulated_arm64.EmulatedArm64Device,
+    quantize: Literal["int8", "8da4w"],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """XNNPACK takes other kernels there, by the core: with 8-bit products, dot products and matrix products."""
+    recipe = Recipe(attention="dense", max_context=64, prefill_slice=32, quantize=quantize)
+    bundle = shared_bundle(tmp_path_factory, quantize, recipe).path
+    request = RunRequest(tuple(np.random.default_rng(1).integers(0, 256, 40).tolist()), 4, forced=(3, 4), threads=1)
+    expected = open_device("host").run(bundle, request).logits
+    for cpu in ("cortex-a53", "neoverse-n1", arm64.cpu):
+        found = emulated_arm64.EmulatedArm64Device(cpu=cpu).run(bundle, request).logits
+        assert found is not None and expected is not None
+        assert compare.relative_l2(found, expected) <= compare.tolerance("quantized_parity_logits"), cpu
+
+
+@pytest.mark.parametrize(
+    ("said", "cpu"),
+    [
+        ("qemu-aarch64 version 6.2.0 (Debian 1:6.2+dfsg-2ubuntu6)", "max"),
+        ("qemu-aarch64 version 7.2.22 (Debian 1:7.2+dfsg-7)", "max,sme=off"),
+        ("qemu-aarch64 version 10.0.2", "max,sme=off"),
+    ],
+)
+def test_the_emulator_leaves_sme_out(monkeypatch: pytest.MonkeyPatch, said: str, cpu: str) -> None:
+    monkeypatch.setattr(emulated_arm64, "run_command", lambda *_, **__: said)
+    assert emulated_arm64.most_capable_cpu.__wrapped__() == cpu
 
 
 def test_arm64_gives_the_same_logits(arm64: emulated_arm64.EmulatedArm64Device, bundle: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from bench.workloads.full_size_video import smallest_limit_bytes
 from edgerun import compare
 from edgerun.bundle import Bundle
 from edgerun.cli import main
@@ -18,9 +19,11 @@ from edgerun.devices import Device, VideoRunRequest, open_device
 from edgerun.devices.emulated_arm64 import EmulatedArm64Device
 from edgerun.errors import DeviceError, EdgerunError
 from edgerun.models.text_to_video import VideoCheckpoint
-from edgerun.sessions.video import Leap, Progress, VideoSession
+from edgerun.sessions.video import Clip, Leap, Progress, VideoSession
 from tests import shared_video_bundle
 from tests.devices.conftest import Board
+from tests.sessions import tiny_video
+from tests.sessions.tiny_video import TinyVideo
 
 PROMPT = "a red circle moves left"
 TOKENS = (3, 4, 5, 6, 7, 1)
@@ -146,6 +149,41 @@ def test_the_golden_case_holds_on_arm64(
     assert main(["validate", str(video.path), "--device", arm64.name, "--threads", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "machine aarch64" in dict(report["facts"])["device"] and len(report["checks"]) == 2
+
+
+@pytest.mark.slow  # for the export in int8
+def test_int8_holds_on_arm64(
+    arm64: EmulatedArm64Device, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture
+) -> None:
+    bundle = shared_video_bundle.bundle(tmp_path_factory, "int8")
+    assert main(["validate", str(bundle.path), "--device", arm64.name, "--threads", "1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["checks"]) == 2
+    request = VideoRunRequest(TOKENS, seed=5, threads=1)
+    there, here = (one.run(bundle.path, request).clip for one in (arm64, open_device("host")))
+    assert compare.relative_l2(there.latents, here.latents) <= compare.tolerance("quantized_parity_logits")
+
+
+@pytest.mark.slow
+def test_a_memory_limit_streams_blocks_on_arm64(
+    arm64: EmulatedArm64Device, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The smallest limit: the bits of a free run. What the emulator takes is the process's, and part of the limit."""
+    bundle = tiny_video.shared_bundle(tmp_path_factory, "megabyte-video", lambda: TinyVideo(1, 1 << 12, 10))
+    request = VideoRunRequest((1, 2, 3), seed=5, threads=1, times=(1.0, 0.5), leap=Leap("none"))
+    expected = arm64.run(bundle, request).clip
+    chain = expected.report["stages"]["denoise"]["chain"]
+    assert all(block["loads"] == 1 for block in chain["blocks"])
+
+    def within(limit_bytes: int) -> Clip:
+        return arm64.run(bundle, dataclasses.replace(request, memory_limit_bytes=limit_bytes)).clip
+
+    least = smallest_limit_bytes(within(10**9).report)
+    small = within(least * 21 // 20)
+    assert (small.latents == expected.latents).all() and (small.frames == expected.frames).all()
+    assert max(block["loads"] for block in small.report["stages"]["denoise"]["chain"]["blocks"]) > 1
+    with pytest.raises(DeviceError, match=f"memory limit of {least // 2} bytes") as caught:
+        within(least // 2)
+    assert "\n" not in str(caught.value)
 
 
 def test_run_writes_a_devices_clip(
