@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shlex
 import statistics
 import sys
 import time
@@ -283,8 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     plan = Plan(values.blocks, values.megabytes, values.passes, values.repeats)
     values.work.mkdir(parents=True, exist_ok=True)
-    words = ["FOLDER" if one == str(values.work) else one for one in arguments or sys.argv[1:]]
-    command = " ".join(["python", "bench/workloads/block_loading.py", *words])
+    said = shlex.join(arguments or sys.argv[1:]).replace(shlex.quote(str(values.work)), "FOLDER")
+    command = f"python bench/workloads/block_loading.py {said}"
     results = ResultFile(values.output, command, dataclasses.asdict(plan), fresh=values.fresh)
     try:
         run(plan, values.work, results, values.tokens)

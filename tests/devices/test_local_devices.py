@@ -76,11 +76,21 @@ def test_quantised_products_hold_on_arm64(
         ("qemu-aarch64 version 6.2.0 (Debian 1:6.2+dfsg-2ubuntu6)", "max"),
         ("qemu-aarch64 version 7.2.22 (Debian 1:7.2+dfsg-7)", "max,sme=off"),
         ("qemu-aarch64 version 10.0.2", "max,sme=off"),
+        ("qemu-aarch64 of another kind", "max,sme=off"),
     ],
 )
 def test_the_emulator_leaves_sme_out(monkeypatch: pytest.MonkeyPatch, said: str, cpu: str) -> None:
     monkeypatch.setattr(emulated_arm64, "run_command", lambda *_, **__: said)
     assert emulated_arm64.most_capable_cpu.__wrapped__() == cpu
+
+
+def test_an_emulator_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    broken = tmp_path / "qemu-aarch64"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(DeviceError, match="qemu-aarch64 --version fails: apt install --reinstall qemu-user"):
+        emulated_arm64.most_capable_cpu.__wrapped__()
 
 
 def test_arm64_gives_the_same_logits(arm64: emulated_arm64.EmulatedArm64Device, bundle: pathlib.Path) -> None:
