@@ -179,7 +179,9 @@ def test_a_memory_limit_streams_blocks_on_arm64(
 
     roomy = within(10**9).report
     least, denoiser = smallest_limit_bytes(roomy), roomy["stages"]["denoise"]["chain"]["blocks"]
-    small = within(least + 4 * max(block["loaded_bytes"] for block in denoiser))
+    limit = least + 4 * max(block["loaded_bytes"] for block in denoiser)
+    small = within(limit)
+    assert small.report["peak_rss_bytes"] <= limit
     assert (small.latents == expected.latents).all() and (small.frames == expected.frames).all()
     assert max(block["loads"] for block in small.report["stages"]["denoise"]["chain"]["blocks"]) > 1
     with pytest.raises(DeviceError, match=f"memory limit of {least // 2} bytes") as caught:
