@@ -55,8 +55,8 @@ def most_capable_cpu() -> str:
     except DeviceError:
         raise DeviceError(f"emulated-arm64: {_EMULATOR} --version fails: apt install --reinstall qemu-user") from None
     version = re.search(r"version (\d+)\.(\d+)", said)
-    known = version is None or tuple(map(int, version.groups())) >= _FIRST_WITH_SME
-    return "max,sme=off" if known else "max"
+    has_sme = version is None or tuple(map(int, version.groups())) >= _FIRST_WITH_SME
+    return "max,sme=off" if has_sme else "max"
 
 
 def arm64_folder() -> pathlib.Path:

@@ -23,7 +23,6 @@ from edgerun.sessions.video import Clip, Leap, Progress, VideoSession
 from tests import shared_video_bundle
 from tests.devices.conftest import Board
 from tests.sessions import tiny_video
-from tests.sessions.tiny_video import TinyVideo
 
 PROMPT = "a red circle moves left"
 TOKENS = (3, 4, 5, 6, 7, 1)
@@ -168,7 +167,7 @@ def test_a_memory_limit_streams_blocks_on_arm64(
     arm64: EmulatedArm64Device, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Little over the smallest limit: the bits of a free run. What the emulator takes is the process's, and counts."""
-    bundle = tiny_video.shared_bundle(tmp_path_factory, "megabyte-video", lambda: TinyVideo(1, 1 << 12, 10))
+    bundle = tiny_video.shared_bundle(tmp_path_factory, "megabyte-video", lambda: tiny_video.TinyVideo(1, 1 << 12, 10))
     request = VideoRunRequest((1, 2, 3), seed=5, threads=1, times=(1.0, 0.5), leap=Leap("none"))
     expected = arm64.run(bundle, request).clip
     chain = expected.report["stages"]["denoise"]["chain"]
